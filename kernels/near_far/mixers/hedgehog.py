@@ -1,0 +1,55 @@
+"""Hedgehog: a learned softmax feature map that imitates the spiky weights of softmax attention.
+
+    phi(x) = [softmax(x W), softmax(-x W)]         W: (heads, D, F / 2), one for queries and one for keys
+
+Source: Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv 2402.04347), equation 6; LoLCATs (arXiv 2410.10254).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Mixer, accumulation_dtype
+
+__all__ = ["Hedgehog"]
+
+
+class Hedgehog(Mixer):
+    """The feature map with its weights, in float32 whatever the model's dtype.
+
+    query_weight: (H, D, feature_dim), key_weight: (K, D, feature_dim); F = 2 * feature_dim.
+
+    At the start W is the identity (its first columns, repeated where feature_dim > D) times D^(-1/4), the share of
+    the softmax scale that belongs to each of q and k. On unscaled q and k, whose norms are 8 to 19 in trained models,
+    the features would be nearly one-hot and pass no gradient.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, feature_dim: int | None = None):
+        super().__init__()
+        feature_dim = feature_dim or head_dim
+        self.num_features = 2 * feature_dim
+        self.query_weight = nn.Parameter(torch.empty(heads, head_dim, feature_dim, dtype=torch.float32))
+        self.key_weight = nn.Parameter(torch.empty(kv_heads, head_dim, feature_dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the scaled identity."""
+        for weight in (self.query_weight, self.key_weight):
+            _, head_dim, feature_dim = weight.shape
+            columns = torch.arange(feature_dim, device=weight.device) % head_dim
+            weight.zero_()
+            weight[:, columns, torch.arange(feature_dim, device=weight.device)] = head_dim**-0.25
+
+    def query_features(self, q: Tensor) -> Tensor:
+        """phi_q of q (B, H, T, D): (B, H, T, F)."""
+        return _features(q, self.query_weight)
+
+    def key_features(self, k: Tensor) -> Tensor:
+        """phi_k of k (B, K, T, D): (B, K, T, F)."""
+        return _features(k, self.key_weight)
+
+
+def _features(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = accumulation_dtype(x)
+    projected = x.to(dtype) @ weight.to(dtype)
+    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
