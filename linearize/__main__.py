@@ -1,0 +1,6 @@
+"""`python -m linearize` is the `linearize` command."""
+
+from linearize.cli import main
+
+if __name__ == "__main__":
+    main()
