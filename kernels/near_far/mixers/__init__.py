@@ -1,0 +1,9 @@
+"""The mixers by name. `"none"` has no state and therefore no class."""
+
+
+from .base import Mixer, State, accumulation_dtype
+from .hedgehog import Hedgehog
+
+__all__ = ["MIXERS", "Hedgehog", "Mixer", "State", "accumulation_dtype"]
+
+MIXERS: dict[str, type[Mixer] | None] = {"none": None, "hedgehog": Hedgehog}

@@ -1,0 +1,72 @@
+"""Near-and-far attention by its formula: explicit T x T weights, no chunks, no state. The truth for every other form.
+
+For a query at position t of its row, in chunk c = t // W, the keys at positions i <= t are split:
+
+    near:  i < S  or  i >= (c - 1) W            far:  the rest, S <= i < (c - 1) W
+    e_i = exp(scale q.k_i),  f_i = phi_q.phi_k_i
+    o_near = sum_near e_i v_i / Z_near          Z_near = sum_near e_i
+    o_far  = sum_far f_i v_i / n                n = sum_far f_i
+    r = sigmoid(mix_logit + log n - log Z_near)     (mix "normalizer")
+    r = sigmoid(mix_logit), 0 where n = 0           (mix "gate")
+    o = (1 - r) o_near + r o_far
+
+With mix "normalizer" that is one softmax denominator: o = (sum_near e v + exp(mix_logit) sum_far f v) /
+(Z_near + exp(mix_logit) n). Positions count a row's real tokens, so padding is in no set.
+
+Source: linear attention, Katharopoulos et al. 2020 (arXiv 2006.16236); shared denominator of window and linear
+attention, LoLCATs (arXiv 2410.10254), equation 6; sinks, StreamingLLM (arXiv 2309.17453).
+"""
+
+import torch
+from torch import Tensor
+
+from .mixers import Mixer, accumulation_dtype
+
+__all__ = ["near_far_reference"]
+
+
+def near_far_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixer: Mixer | None = None,
+    mix_logit: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    mix: str = "normalizer",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The formula above. Arguments, shapes and result as in `near_far_attention`; time and memory O(T^2)."""
+    dtype = accumulation_dtype(q)
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask.bool()
+
+    position = real.long().cumsum(-1) - 1
+    query, key = position[:, None, :, None], position[:, None, None, :]
+    seen = (key <= query) & real[:, None, None, :]
+    near = seen & ((key < sinks) | (key >= (query // window - 1) * window))
+    far = seen & ~near
+
+    logits = q.to(dtype) @ k.to(dtype).repeat_interleave(group, 1).transpose(-1, -2) * scale
+    # A padded query sees nothing; give it its own key, so that no row is empty. Its output is zeroed below.
+    near = near | (torch.eye(q.shape[2], dtype=torch.bool, device=q.device) & ~real[:, None, :, None])
+    logits = logits.masked_fill(~near, -torch.inf)
+    values = v.to(dtype).repeat_interleave(group, 1)
+    out = logits.softmax(-1) @ values
+
+    if mixer is not None:
+        weights = mixer.query_features(q) @ mixer.key_features(k).repeat_interleave(group, 1).transpose(-1, -2)
+        weights = weights * far
+        mass = weights.sum(-1, keepdim=True)
+        # Below the smallest normal number a far mass counts as none: see Mixer.read.
+        some = mass > torch.finfo(dtype).tiny
+        safe = torch.where(some, mass, 1.0)
+        share = torch.zeros_like(mass) if mix_logit is None else mix_logit.to(dtype).view(1, -1, 1, 1).expand_as(mass)
+        if mix == "normalizer":
+            share = share + safe.log() - logits.logsumexp(-1, keepdim=True)
+        share = torch.where(some, share.sigmoid(), 0.0)
+        out = out + share * (weights @ values / safe - out)
+    return (out * real[:, None, :, None]).to(q.dtype)
