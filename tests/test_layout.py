@@ -79,6 +79,13 @@ def test_folder_has_no_init(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("folder", MAPPED.values())
+def test_no_module_takes_the_place_of_a_folder(folder: str) -> None:
+    # In a wheel the folder lies there. A leftover folder without Python files is harmless (tested below).
+    assert not (ROOT / "linearize" / f"{folder}.py").exists()
+    assert not list((ROOT / "linearize").glob(f"{folder}/**/*.py"))
+
+
 def test_no_folder_of_tests_is_named_after_a_library() -> None:
     # pytest would import tests/kernels/__init__.py under the name `kernels`.
     assert not (ROOT / "tests" / "kernels").exists()
