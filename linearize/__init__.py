@@ -74,3 +74,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+from . import _transformers_hook
+
+_transformers_hook.install()

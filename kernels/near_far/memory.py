@@ -268,9 +268,7 @@ def _chunk(x: Tensor, skipped: int | Tensor, window: int) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), :, skipped // window]
 
 
-def _write_sinks(
-    sinks: Tensor, new: Tensor, lengths: Tensor, counts: Tensor, uniform: int | None
-) -> Tensor:
+def _write_sinks(sinks: Tensor, new: Tensor, lengths: Tensor, counts: Tensor, uniform: int | None) -> Tensor:
     """`sinks` (B, K, S, .) with those of the `counts` new tokens that are among a row's first S."""
     size = sinks.shape[2]
     if uniform is not None:

@@ -96,5 +96,3 @@ def _check(q, k, v, mix_logit, window, sinks, mix, mask, backend) -> None:
         mask is None or mask.shape == (q.shape[0], q.shape[2]),
         f"mask has shape {None if mask is None else tuple(mask.shape)}; it needs {(q.shape[0], q.shape[2])}",
     )
-
-

@@ -1,6 +1,5 @@
 """The mixers by name. `"none"` has no state and therefore no class."""
 
-
 from .base import Mixer, State, accumulation_dtype
 from .hedgehog import Hedgehog
 

@@ -1,0 +1,159 @@
+"""The one converted attention module, for all families."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.cache import NearFarLayer
+from linearize.config import LinearizeConfig
+from linearize.families import Family, Geometry
+from linearize.kernels.near_far import MIXERS, near_far_attention
+
+__all__ = ["ConvertedAttention", "Observation", "Switch"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one converted layer saw in a forward pass of the original: the material of attention transfer.
+
+    q: (B, H, T, D), k: (B, K, T, D), after norms and rotary embedding; v: (B, K, T, V); mask: (B, T) bool, true for
+    real tokens, or None where all are.
+    """
+
+    layer: "ConvertedAttention"
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
+@dataclass
+class Switch:
+    """How all converted layers of one model behave now; shared by them.
+
+    Attributes:
+        converted: False runs the original attention instead.
+        far_share: None is the learned mix; 0.0 never reads the state; 1.0 reads nothing else where there is one.
+        observer: called with an `Observation` by each layer while `converted` is False.
+    """
+
+    converted: bool = True
+    far_share: float | None = None
+    observer: Callable[[Observation], None] | None = None
+
+
+class ConvertedAttention(nn.Module):
+    """Near-and-far attention in the place of a softmax attention.
+
+    It adopts the original's submodules under their own names, so checkpoints, device maps and LoRA targets stay what
+    they were, and adds `mixer` and `mix_logit` (H,), in float32. The original module itself is kept unregistered:
+    it shares the weights, runs when the conversion is switched off, and is what `revert` puts back.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        config: LinearizeConfig,
+        family: Family,
+        geometry: Geometry,
+        switch: Switch,
+    ):
+        super().__init__()
+        self.layer_idx: int = original.layer_idx
+        self.head_dim = geometry.head_dim
+        self.scaling: float = original.scaling
+        self.linearize_config = config
+        self.qk_norm = family.qk_norm
+        self.switch = switch
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self._original = (original,)  # in a tuple, so that it is no submodule
+
+        self.mixer = None
+        self.mix_logit = None
+        mixer_class = MIXERS[config.mixer]
+        if mixer_class is not None:
+            with torch.device(original.q_proj.weight.device):
+                self.mixer = mixer_class(geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim)
+                self.mix_logit = nn.Parameter(torch.zeros(geometry.heads, dtype=torch.float32))
+
+    @property
+    def original(self) -> nn.Module:
+        """The attention module that this one replaced."""
+        return self._original[0]
+
+    def reset_parameters(self) -> None:
+        """The untrained start: the mixer's own, and a mix of 0."""
+        if self.mixer is not None:
+            self.mixer.reset_parameters()
+            nn.init.zeros_(self.mix_logit)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        near_far_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, hidden) -> (B, T, hidden), None.
+
+        near_far_mask: (B, T) bool, true for real tokens; None where all are real. `attention_mask` is the original's
+        4-D mask and is used only when the conversion is off.
+        """
+        if not self.switch.converted:
+            if self.switch.observer is not None:
+                q, k, v = self._project(hidden_states, position_embeddings)
+                self.switch.observer(Observation(self, q, k, v, near_far_mask))
+            return self.original(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q, k, v = self._project(hidden_states, position_embeddings)
+        options = {
+            "window": self.linearize_config.window,
+            "sinks": self.linearize_config.sinks,
+            "mix": self.linearize_config.mix,
+            "scale": self.scaling,
+            "mask": near_far_mask,
+        }
+        if past_key_values is None:
+            out = near_far_attention(q, k, v, self.mixer, self._mix_logit(), **options)
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            if not isinstance(layer, NearFarLayer):
+                raise TypeError(f"layer {self.layer_idx}: the cache holds {type(layer).__name__}, not NearFarLayer")
+            out = layer.step(q, k, v, self.mixer, self._mix_logit(), **options)
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out), None
+
+    def _project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """q (B, H, T, D), k and v (B, K, T, D), as the original attention sees them."""
+        q, k, v = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = (x[:, None] for x in position_embeddings)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, v
+
+    def _mix_logit(self) -> Tensor | None:
+        """The learned mix, or what the switch puts in its place."""
+        if self.switch.far_share is None or self.mix_logit is None:
+            return self.mix_logit
+        # Log-odds of certainty. Finite on the far side, so that an empty state (log mass -inf) still has no share.
+        return torch.full_like(self.mix_logit, 1e30 if self.switch.far_share else -torch.inf)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    """(..., D): the second half negated, before the first (rotary embedding, arXiv 2104.09864, in halves)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

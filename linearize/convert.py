@@ -1,0 +1,338 @@
+"""`convert` and its inverse: plan, check, apply. Nothing is changed before every check has passed."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.attention import ConvertedAttention, Switch
+from linearize.cache import install_layers, new_cache
+from linearize.config import LinearizeConfig
+from linearize.errors import LinearizeError
+from linearize.families import Family, Geometry, family_of, geometry_of, own_window
+
+__all__ = [
+    "LayerPlan",
+    "apply_conversion",
+    "base_model",
+    "convert",
+    "converted_layers",
+    "is_converted",
+    "original_attention",
+    "plan_layers",
+    "revert",
+    "state_off",
+    "switch_of",
+    "window_off",
+]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer: `before` and `after` name its attention, `converted` says whether they differ."""
+
+    index: int
+    before: str
+    after: str
+    converted: bool
+
+
+def plan_layers(model_config: Any, config: LinearizeConfig) -> list[LayerPlan]:
+    """What `convert` would do, from a transformers config alone.
+
+    Raises:
+        LinearizeError: an unknown family, a layer index, window or number of sinks that does not fit the model, or
+            a conversion that would change nothing.
+    """
+    family_of(model_config)
+    geometry = geometry_of(model_config)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    for name, value in (("window", config.window), ("sinks", config.sinks)):
+        if limit is not None and value > limit:
+            raise LinearizeError(
+                f"{name}: {value} exceeds the model's {limit} positions, so no token would ever leave it; "
+                f"use at most {limit}, better 16 to 128"
+            )
+    kept = config.kept_layers(geometry.layers)
+    after = f"window {config.window} + sinks {config.sinks}"
+    if config.mixer != "none":
+        after += f" + {config.mixer} ({config.mix})"
+    plan = []
+    for index in range(geometry.layers):
+        window = own_window(model_config, index)
+        before = "softmax" if window is None else f"softmax, sliding window {window}"
+        converted = index not in kept and window is None
+        plan.append(LayerPlan(index, before, after if converted else before, converted))
+    if not any(layer.converted for layer in plan):
+        raise LinearizeError(
+            f"softmax_layers: {config.softmax_layers!r} leaves none of the {geometry.layers} layers to convert "
+            f"({sum(own_window(model_config, i) is not None for i in range(geometry.layers))} have a sliding window "
+            "of their own and stay as they are); keep fewer layers"
+        )
+    return plan
+
+
+def convert(model: Any, config: LinearizeConfig) -> Any:
+    """Replace the attention of a causal language model's layers, in place.
+
+    The new layers start from the model's own weights: with a window that covers the text the outputs are the
+    original's. The far side starts untrained; see `linearize.distill`.
+
+    Args:
+        model: a transformers causal language model of a known family, on any device (meta too) and in any float
+            dtype, or a PeftModel around one.
+        config: which layers, and to what.
+
+    Returns:
+        The same object. It is now an instance of a subclass of its class that saves and loads as a student.
+
+    Raises:
+        LinearizeError: a model or config that does not fit; the model is then unchanged.
+    """
+    base = base_model(model)
+    if is_converted(base):
+        raise LinearizeError(
+            f"model: {type(base).__name__} is converted already ({len(converted_layers(base))} layers); "
+            "call linearize.revert(model) first"
+        )
+    _check_modules(base, config)
+
+    from linearize.modeling import CONFIG_KEY, config_class, model_class
+
+    old = base.config
+    new = copy.deepcopy(old)
+    new.__class__ = config_class(type(old))
+    setattr(new, CONFIG_KEY, config.to_dict())
+    _replace_config(base, old, new)
+    base._linearize_original = (type(base), old)
+    base.__class__ = model_class(type(base))
+    base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix_logit"}
+    apply_conversion(base, config)
+    return model
+
+
+def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
+    """Swap the attention modules and install the hook that hands them masks and caches. For `convert` and loading."""
+    family, geometry = family_of(model.config), geometry_of(model.config)
+    switch = Switch()
+    layers = model.get_submodule(family.layers)
+    indices = [layer.index for layer in plan_layers(model.config, config) if layer.converted]
+    for index in indices:
+        original = getattr(layers[index], family.attention)
+        setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
+    model._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def revert(model: Any) -> Any:
+    """Put the original attention back: the same modules, the same weights, the same class and config.
+
+    What conversion added (mixers, mixes) is dropped. Weights that training changed stay changed.
+
+    Raises:
+        LinearizeError: a model that is not converted.
+    """
+    base = base_model(model)
+    layers = converted_layers(base)
+    if not layers:
+        raise LinearizeError(f"model: {type(base).__name__} is not converted; there is nothing to revert")
+    family = family_of(base.config)
+    decoder_layers = base.get_submodule(family.layers)
+    for index, layer in layers.items():
+        original = layer.original
+        for name, child in layer.named_children():
+            if name != "mixer":
+                original.add_module(name, child)  # an adapter may have wrapped it since
+        setattr(decoder_layers[index], family.attention, original)
+    base._linearize[2].remove()
+    del base._linearize
+    made = type(base)
+    old_class, old_config = base.__dict__.pop("_linearize_original", (made.__mro__[2], None))
+    if old_config is None:  # loaded as a student: the original's config is what is left without the conversion
+        from linearize.modeling import CONFIG_KEY
+
+        old_config = copy.deepcopy(base.config)
+        old_config.__class__ = type(old_config).__mro__[2]
+        delattr(old_config, CONFIG_KEY)
+    base.__class__ = old_class
+    _replace_config(base, base.config, old_config)
+    return model
+
+
+def base_model(model: Any) -> Any:
+    """The causal language model itself, out of a PeftModel where it is wrapped in one."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def is_converted(model: Any) -> bool:
+    """Whether any layer of the model is converted."""
+    return bool(converted_layers(model))
+
+
+def converted_layers(model: Any) -> dict[int, ConvertedAttention]:
+    """The converted attention modules by layer index, ascending."""
+    return {m.layer_idx: m for m in base_model(model).modules() if isinstance(m, ConvertedAttention)}
+
+
+def switch_of(model: Any) -> Switch:
+    """The switch that all converted layers of the model share.
+
+    Raises:
+        LinearizeError: a model that is not converted.
+    """
+    for layer in converted_layers(model).values():
+        return layer.switch
+    raise LinearizeError(f"model: {type(base_model(model)).__name__} is not converted; call linearize.convert first")
+
+
+@contextmanager
+def original_attention(model: Any) -> Iterator[Any]:
+    """Inside, the model runs its original attention: the teacher, with the student's own memory of weights.
+
+    Adapters stay as they are; with LoRA that was trained on the student, disable it too.
+    """
+    with _switched(model, "converted", False):
+        yield model
+
+
+@contextmanager
+def state_off(model: Any) -> Iterator[Any]:
+    """Inside, no query reads the state: what is left is window + sinks."""
+    with _switched(model, "far_share", 0.0):
+        yield model
+
+
+@contextmanager
+def window_off(model: Any) -> Iterator[Any]:
+    """Inside, a query with a state reads nothing else: neither window nor sinks."""
+    with _switched(model, "far_share", 1.0):
+        yield model
+
+
+@contextmanager
+def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
+    switch = switch_of(model)
+    before = getattr(switch, name)
+    setattr(switch, name, value)
+    try:
+        yield
+    finally:
+        setattr(switch, name, before)
+
+
+class _BeforeDecoder:
+    """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
+
+    def __init__(self, switch: Switch, layers: list[int], all_converted: bool):
+        self.switch = switch
+        self.layers = layers
+        self.all_converted = all_converted
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        mask = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
+        kwargs["near_far_mask"] = mask
+        if not self.switch.converted:
+            return (), kwargs
+
+        cache = kwargs.get("past_key_values")
+        _refuse_packed(kwargs, cache)
+        use_cache = kwargs.get("use_cache")
+        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        if cache is not None:
+            install_layers(cache, self.layers)
+        elif use_cache and not (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
+            kwargs["past_key_values"] = new_cache(decoder.config, self.layers)
+        if self.all_converted:
+            # No layer reads a 4-D mask, and a T x T one would be all that is quadratic here. transformers hands a
+            # mask that is 4-D already down as it is.
+            kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        return (), kwargs
+
+
+def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
+    """(B, T) bool for the T new tokens of this call, or None where all are real."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise LinearizeError(
+            f"attention_mask: {shape} is not (batch, tokens); a converted layer takes a 2-D mask of real tokens only"
+        )
+    if mask.shape[1] < new:
+        raise LinearizeError(
+            f"attention_mask: it covers {mask.shape[1]} tokens but {new} are given; make it cover all, past and new"
+        )
+    recent = mask[:, mask.shape[1] - new :].bool()
+    return None if bool(recent.all()) else recent
+
+
+def _refuse_packed(kwargs: dict[str, Any], cache: Any) -> None:
+    """Several documents in a row, told apart by positions that restart, would leak through the state."""
+    position_ids = kwargs.get("position_ids")
+    if (
+        position_ids is None
+        or kwargs.get("attention_mask") is not None
+        or (cache is not None and cache.get_seq_length())
+    ):
+        return
+    if position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
+        raise LinearizeError(
+            "position_ids: they restart inside a row (packed documents), which converted layers do not support; "
+            "give each document its own row, padded, with an attention_mask"
+        )
+
+
+def _check_modules(model: Any, config: LinearizeConfig) -> None:
+    """Every check that needs the model itself."""
+    family, geometry = family_of(model.config), geometry_of(model.config)
+    plan = plan_layers(model.config, config)
+    layers = model.get_submodule(family.layers)
+    for layer in plan:
+        if layer.converted:
+            _check_attention(getattr(layers[layer.index], family.attention), layer.index, family, geometry)
+
+
+def _check_attention(attention: nn.Module, index: int, family: Family, geometry: Geometry) -> None:
+    sizes = {
+        "q_proj": geometry.heads * geometry.head_dim,
+        "k_proj": geometry.kv_heads * geometry.head_dim,
+        "v_proj": geometry.kv_heads * geometry.head_dim,
+    }
+    norms = {"q_norm", "k_norm"} if family.qk_norm else set()
+    known = {*sizes, "o_proj", *norms}
+    children = {name for name, _ in attention.named_children()}
+    own = [name for name, _ in attention.named_parameters(recurse=False)]
+    if children != known or own:
+        raise LinearizeError(
+            f"layer {index}: {type(attention).__name__} has {sorted(children | set(own))} but a {family.model_type} "
+            f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
+        )
+    for name in (*sizes, "o_proj"):
+        proj = getattr(attention, name)
+        linear = proj.get_base_layer() if hasattr(proj, "get_base_layer") else proj
+        if type(linear) is not nn.Linear:
+            raise LinearizeError(
+                f"layer {index}: {name} is a {type(linear).__module__.split('.')[0]} {type(linear).__name__}, not a "
+                "dense torch.nn.Linear; load the model without quantization"
+            )
+        if name in sizes and linear.out_features != sizes[name]:
+            raise LinearizeError(
+                f"layer {index}: {name} has {linear.out_features} outputs but {sizes[name]} follow from the config's "
+                f"{geometry.heads} heads, {geometry.kv_heads} key-value heads and head_dim {geometry.head_dim}; "
+                "correct the config"
+            )
+
+
+def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
+    """Every module that holds the one config now holds the other; other models that share `old` are left alone."""
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new

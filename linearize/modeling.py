@@ -1,0 +1,119 @@
+"""Subclasses of transformers' own classes, one pair a family, made when they are needed.
+
+A converted model is still an instance of its family's class (`LlamaForCausalLM`), of a subclass that
+
+- builds itself converted, so that `AutoModelForCausalLM.from_pretrained` loads a saved student like any model;
+- writes `"model_type": "linearize"` into config.json, so that a program that has not imported `linearize` refuses
+  the checkpoint instead of loading it as the softmax model that it no longer is.
+
+In memory `config.model_type` stays the family's name, which peft and others look up.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from linearize.attention import ConvertedAttention
+from linearize.config import LinearizeConfig
+from linearize.errors import LinearizeError
+from linearize.families import family_of
+
+__all__ = ["MODEL_TYPE", "config_class", "model_class", "register"]
+
+MODEL_TYPE = "linearize"
+CONFIG_KEY = "linearize"
+FORMAT_VERSION = 1
+_PREFIX = "Linearized"
+
+
+class LinearizedConfigMixin:
+    """A family's config with the conversion in it, under the key `linearize`."""
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        values = json.loads(super().to_json_string(use_diff))
+        values[CONFIG_KEY] = {"format": FORMAT_VERSION, "base_model_type": self.model_type} | getattr(self, CONFIG_KEY)
+        values["model_type"] = MODEL_TYPE
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+class LinearizedModelMixin:
+    """A family's causal language model that converts itself when it is built."""
+
+    # Exponentials and far log-scales need float32 under half-precision weights.
+    _keep_in_fp32_modules_strict = ("mixer", "mix_logit")
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        from linearize.convert import apply_conversion
+
+        super().__init__(config, *args, **kwargs)
+        apply_conversion(self, LinearizeConfig.from_dict(getattr(config, CONFIG_KEY)))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ConvertedAttention):
+            module.reset_parameters()
+
+
+@cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`LlamaConfig` -> `LinearizedLlamaConfig`."""
+    return _subclass(LinearizedConfigMixin, base)
+
+
+@cache
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`LlamaForCausalLM` -> `LinearizedLlamaForCausalLM`, known to `AutoModelForCausalLM` from here on."""
+    made = _subclass(LinearizedModelMixin, base)
+    made.config_class = config_class(base.config_class)
+    AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+    return made
+
+
+def _subclass(mixin: type, base: type) -> type:
+    name = _PREFIX + base.__name__
+    made = type(base)(name, (mixin, base), {"__module__": __name__, "__qualname__": name, "__doc__": mixin.__doc__})
+    globals()[name] = made
+    return made
+
+
+def __getattr__(name: str) -> type:
+    """The generated classes by name, so that a pickled student finds its class in a fresh process."""
+    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return model_class(base) if issubclass(base, PreTrainedModel) else config_class(base)
+
+
+class SavedStudentConfig(PreTrainedConfig):
+    """What `AutoConfig` finds under model_type "linearize": turns config.json into the family's own subclass."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        values = dict(config_dict)
+        conversion = dict(values.get(CONFIG_KEY) or {})
+        written, base_type = conversion.pop("format", None), conversion.pop("base_model_type", None)
+        if base_type is None:
+            raise LinearizeError(
+                f"config.json: it says model_type {MODEL_TYPE!r} but its entry {CONFIG_KEY!r} names no "
+                "base_model_type; save the student again with save_pretrained"
+            )
+        if written != FORMAT_VERSION:
+            raise LinearizeError(
+                f"config.json: format {written!r} of the conversion is not the {FORMAT_VERSION} that this version of "
+                "linearize reads; install the version that wrote it"
+            )
+        base = type(AutoConfig.for_model(base_type))
+        family_of(AutoConfig.for_model(base_type))
+        model_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[base])
+        return config_class(base).from_dict(values | {"model_type": base_type, CONFIG_KEY: conversion}, **kwargs)
+
+
+def register() -> None:
+    """Make transformers' Auto classes know saved students."""
+    AutoConfig.register(MODEL_TYPE, SavedStudentConfig, exist_ok=True)
