@@ -75,6 +75,6 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-from . import _transformers_hook
+from . import _transformers_hook  # noqa: E402  (after the names above are in place)
 
 _transformers_hook.install()

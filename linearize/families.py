@@ -74,7 +74,7 @@ def geometry_of(config: Any) -> Geometry:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise LinearizeError(
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}; the model's config is broken"
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}; correct the model's config"
         )
     return Geometry(heads, kv_heads, head_dim, config.num_hidden_layers)
 
