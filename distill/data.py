@@ -1,0 +1,294 @@
+"""Batches of tokens from a mixture of sources, in an order that a seed fixes and a checkpoint can continue.
+
+A row comes from one source: the one that is furthest behind its share of the tokens so far. Each source goes through
+its documents in an order that depends on (seed, source, epoch) and starts again when it is through, without dropping
+the rest of an epoch. The position is a few integers a source, so restoring it costs nothing and is exact.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from linearize.distill.options import DataOptions, Source
+from linearize.distill.sources import Content, Documents, FixedDocuments, Part, open_documents
+from linearize.errors import LinearizeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Batch", "TokenStream", "build_stream"]
+
+Batch = dict[str, torch.Tensor]
+"""`input_ids` (B, T) int64 and, where some token is padding, `attention_mask` (B, T) int64, 1 on real tokens."""
+
+# A document of one token has nothing to predict.
+SHORTEST_DOCUMENT = 2
+
+
+def build_stream(
+    options: DataOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    part: Part = "train",
+    teacher: "PreTrainedModel | None" = None,
+    cache_dir: str | Path | None = None,
+) -> "TokenStream":
+    """Open the data sources and return their stream of batches.
+
+    Args:
+        options: sources, shapes and split.
+        tokenizer: the model's.
+        seed: of the order, and of the texts that the teacher writes.
+        part: `"train"`, or `"held_out"` for what is never in the train part. Generated texts are train only: text
+            from the teacher's own mouth says little about the world's.
+        teacher: the original model; needed if a source is `generated`.
+        cache_dir: where generated texts are kept.
+
+    Raises:
+        LinearizeError: files that are missing or unreadable, or too little text for one row.
+    """
+    sources, opened = [], []
+    for source in options.sources:
+        if source.kind != "generated":
+            documents = open_documents(source, part, options.held_out, options.seq_len, options.packing)
+        elif part == "train":
+            documents = _generated(source, options, tokenizer, seed, teacher, cache_dir)
+        else:
+            continue
+        sources.append(source)
+        opened.append(documents)
+    stream = TokenStream(options, sources, opened, tokenizer, seed, part)
+    stream.check()
+    return stream
+
+
+class TokenStream(Iterator[Batch]):
+    """Endless batches, on the CPU. `build_stream` makes one.
+
+    `state_dict` is small and JSON-able; after `load_state_dict` of it the same batches follow, to the token.
+    """
+
+    def __init__(
+        self,
+        options: DataOptions,
+        sources: Sequence[Source],
+        documents: Sequence[Documents],
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        part: Part,
+    ) -> None:
+        self._options = options
+        self._part = part
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if eos is None and options.packing == "packed":
+            raise LinearizeError(
+                "tokenizer: it has no end-of-text token to put between documents; set tokenizer.eos_token, or use "
+                "packing: document"
+            )
+        self._padding = pad if pad is not None else (eos or 0)
+        self._readers = [
+            _Reader(source, docs, f"{seed} {index}", lambda content: encode(tokenizer, content))
+            for index, (source, docs) in enumerate(zip(sources, documents))
+        ]
+        told = [
+            [options.seq_len, options.batch_size, options.packing, seed, part, len(tokenizer)],
+            [[source.kind, source.weight, docs.signature] for source, docs in zip(sources, documents)],
+        ]
+        self._fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def __next__(self) -> Batch:
+        rows = [self._row() for _ in range(self._options.batch_size)]
+        seq_len = self._options.seq_len
+        ids = torch.tensor([row + [self._padding] * (seq_len - len(row)) for row in rows])
+        if all(len(row) == seq_len for row in rows):
+            return {"input_ids": ids}
+        lengths = torch.tensor([[len(row)] for row in rows])
+        return {"input_ids": ids, "attention_mask": (torch.arange(seq_len) < lengths).long()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: for each source its epoch, document, offset in it, and tokens drawn so far."""
+        return {"data": self._fingerprint, "positions": [reader.position() for reader in self._readers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            LinearizeError: the state belongs to other data, another seed or other shapes.
+        """
+        if state.get("data") != self._fingerprint:
+            raise LinearizeError(
+                f"data: the checkpoint's position belongs to data {state.get('data')!r}, this is {self._fingerprint!r} "
+                "(files, sources, seed, seq_len, batch_size or tokenizer differ); restore them, or start a new run"
+            )
+        for reader, position in zip(self._readers, state["positions"]):
+            reader.seek(position)
+
+    def tokens(self, limit: int | None = None) -> torch.Tensor:
+        """The documents of this part once each, in their own order, joined by the end-of-text token.
+
+        Args:
+            limit: the most tokens that are returned; with several sources each gives its share by weight.
+
+        Returns:
+            (N,) int64, N <= limit. The stream's position stays where it is.
+        """
+        ids: list[int] = []
+        drawn = [0] * len(self._readers)
+        walks = [reader.once() for reader in self._readers]
+        live = set(range(len(walks)))
+        while live and (limit is None or len(ids) < limit):
+            index = min(live, key=lambda i: (drawn[i] / self._readers[i].weight, i))
+            document = next(walks[index], None)
+            if document is None:
+                live.remove(index)
+            else:
+                drawn[index] += len(document)
+                ids += document
+        return torch.tensor(ids[:limit])
+
+    def check(self) -> None:
+        """Raise a LinearizeError where there is too little text."""
+        if self._part == "held_out":
+            if not any(next(reader.once(), None) for reader in self._readers):
+                raise LinearizeError(
+                    f"data.held_out: {self._options.held_out} leaves no text to evaluate on; raise it, give more text, "
+                    "or name a file with evaluate.text"
+                )
+            # A source too small to have a held-out part is not drawn from.
+            self._readers = [reader for reader in self._readers if next(reader.once(), None)]
+            return
+        needed = self._options.seq_len if self._options.packing == "packed" else SHORTEST_DOCUMENT
+        for reader in self._readers:
+            found = 0
+            for document in reader.once():
+                found += len(document)
+                if found >= needed:
+                    break
+            else:
+                raise LinearizeError(
+                    f"data source {reader.name}: its train part has {found} tokens, one row needs {needed}; "
+                    f"give more text, or lower data.seq_len or data.held_out ({self._options.held_out})"
+                )
+
+    def _row(self) -> list[int]:
+        reader = min(self._readers, key=lambda reader: reader.drawn / reader.weight)
+        if self._options.packing == "packed":
+            return reader.take(self._options.seq_len)
+        return reader.take_document(self._options.seq_len)
+
+
+class _Reader:
+    """One source's documents in shuffled order, epoch after epoch."""
+
+    def __init__(self, source: Source, documents: Documents, seed: str, encode: Callable[[Content], list[int]]) -> None:
+        self.name = source.kind if source.path is None else f"{source.kind} {source.path}"
+        self.weight = source.weight
+        self.drawn = 0
+        self._documents = documents
+        self._seed = seed
+        self._encode = encode
+        self.seek((0, 0, 0, 0))
+
+    def position(self) -> list[int]:
+        return [self._epoch, self._document, self._offset, self.drawn]
+
+    def seek(self, position: Sequence[int]) -> None:
+        self._epoch, self._document, self._offset, self.drawn = position
+        self._order = self._shuffled()
+        self._current: list[int] | None = None
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` tokens, across documents and epochs."""
+        row: list[int] = []
+        while len(row) < count:
+            current = self._load()
+            piece = current[self._offset : self._offset + count - len(row)]
+            row += piece
+            self._offset += len(piece)
+            if self._offset == len(current):
+                self._advance()
+        self.drawn += count
+        return row
+
+    def take_document(self, most: int) -> list[int]:
+        """The next document, cut to `most` tokens."""
+        row: list[int] = []
+        while len(row) < SHORTEST_DOCUMENT:
+            row = self._load()[:most]
+            self._advance()
+        self.drawn += len(row)
+        return row
+
+    def once(self) -> Iterator[list[int]]:
+        """Every document of at least two tokens, in the source's own order."""
+        for index in range(len(self._documents)):
+            content = self._documents.get(index)
+            ids = [] if content is None else self._encode(content)
+            if len(ids) >= SHORTEST_DOCUMENT:
+                yield ids
+
+    def _load(self) -> list[int]:
+        if self._current is None:
+            content = self._documents.get(int(self._order[self._document]))
+            self._current = [] if content is None else self._encode(content)
+        return self._current
+
+    def _advance(self) -> None:
+        self._current = None
+        self._offset = 0
+        self._document += 1
+        if self._document == len(self._documents):
+            self._document = 0
+            self._epoch += 1
+            self._order = self._shuffled()
+
+    def _shuffled(self) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randperm(len(self._documents), generator=generator)
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", content: Content) -> list[int]:
+    """A document as token ids, ended by the end-of-text token; `[]` if it has no tokens of its own.
+
+    Raises:
+        LinearizeError: chat messages for a tokenizer without a chat template.
+    """
+    if isinstance(content, str):
+        # With what the tokenizer puts around a text by default, such as Llama's first token.
+        ids = list(tokenizer(content, verbose=False)["input_ids"]) if content.strip() else []
+    elif content and isinstance(content[0], dict):
+        if tokenizer.chat_template is None:
+            raise LinearizeError(
+                "tokenizer: it has no chat template, which chat messages need; use an instruct model's tokenizer, set "
+                "tokenizer.chat_template, or give plain texts"
+            )
+        ids = list(tokenizer.apply_chat_template(content, tokenize=True, return_dict=False))
+    else:
+        ids = [int(token) for token in content]  # type: ignore[arg-type]
+    eos = tokenizer.eos_token_id
+    # Chat templates end with it already, most of them followed by a line break.
+    if ids and eos is not None and eos not in ids[-2:]:
+        ids.append(eos)
+    return ids
+
+
+def _generated(
+    source: Source,
+    options: DataOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    teacher: "PreTrainedModel | None",
+    cache_dir: str | Path | None,
+) -> Documents:
+    from linearize.distill.generated import write_texts
+
+    if teacher is None:
+        raise LinearizeError("data source generated: no teacher to write the texts; pass build_stream a teacher")
+    assert source.tokens is not None
+    texts = write_texts(teacher, tokenizer, source.tokens, options.seq_len, seed, source.prompt, cache_dir)
+    return FixedDocuments(texts)

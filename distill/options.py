@@ -1,0 +1,234 @@
+"""What the parts of a run can be told. Recipes hold these records; `linearize.distill.recipe` reads them from YAML."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from linearize.distill.records import RecipeError, Record, option
+
+__all__ = [
+    "BenchOptions",
+    "Budget",
+    "DataOptions",
+    "DistillOptions",
+    "EvaluateOptions",
+    "Source",
+    "TransferOptions",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Record):
+    """When a stage ends: at whichever limit is reached first. At least one is given.
+
+    Attributes:
+        tokens: training tokens.
+        steps: optimizer steps.
+        minutes: wall-clock minutes of training.
+    """
+
+    tokens: int | None = option(None, least=1)
+    steps: int | None = option(None, least=1)
+    minutes: float | None = option(None, above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens is None and self.steps is None and self.minutes is None:
+            raise RecipeError("", "no limit is given; name at least one of tokens, steps, minutes")
+
+
+# Which kinds of source read which optional key; the others must not be given, so that no key is silently ignored.
+_SOURCE_KEYS = {
+    "path": ("text", "jsonl", "dataset"),
+    "field": ("jsonl", "dataset"),
+    "name": ("dataset",),
+    "split": ("dataset",),
+    "tokens": ("generated",),
+    "prompt": ("generated",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Record):
+    """One source of training text.
+
+    Attributes:
+        kind: `"pydoc"`: the reference topics that come with Python. `"generated"`: texts that the teacher writes.
+            `"text"`: UTF-8 text files. `"jsonl"`: one JSON object a line. `"dataset"`: a Hugging Face dataset.
+        weight: the source's share of the training tokens, relative to the other sources' weights.
+        path: text, jsonl: a file or a glob. dataset: a folder or a hub name.
+        field: jsonl, dataset: the field that holds the text or the list of chat messages. `None` takes the first of
+            text, messages, prompt + response, instruction (+ input) + output that a record has.
+        name: dataset: the configuration's name, where it has several.
+        split: dataset: `"train"` if not given.
+        tokens: generated: how many tokens the teacher writes, 20000 if not given.
+        prompt: generated: how each text begins; short neutral openings if not given.
+    """
+
+    kind: Literal["pydoc", "generated", "text", "jsonl", "dataset"] = option(
+        hint="choose pydoc, generated, text, jsonl or dataset"
+    )
+    weight: float = option(1.0, above=0)
+    path: str | None = None
+    field: str | None = None
+    name: str | None = None
+    split: str | None = None
+    tokens: int | None = option(None, least=1)
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, kinds in _SOURCE_KEYS.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise RecipeError(key, f"kind {self.kind!r} does not read it ({', '.join(kinds)} can); remove it")
+        if self.kind in _SOURCE_KEYS["path"] and self.path is None:
+            what = "a folder or a hub name" if self.kind == "dataset" else f"a file or a glob, e.g. texts/*.{self.kind}"
+            raise RecipeError("path", f"nothing is given; kind {self.kind!r} needs {what.replace('.text', '.txt')}")
+        if self.kind == "dataset" and self.split is None:
+            object.__setattr__(self, "split", "train")
+        if self.kind == "generated" and self.tokens is None:
+            object.__setattr__(self, "tokens", 20_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Record):
+    """The training data.
+
+    Attributes:
+        sources: mixed by their weights.
+        seq_len: tokens a row.
+        batch_size: rows a batch.
+        packing: `"packed"`: documents joined by the end-of-text token and cut into full rows. `"document"`: one
+            document a row, cut or right-padded to seq_len.
+        held_out: the share of each source (but `generated`) that is kept for evaluation and never trained on.
+    """
+
+    sources: tuple[Source, ...] = option(hint="list at least one source, e.g. - {kind: text, path: texts/*.txt}")
+    seq_len: int = option(1024, least=2)
+    batch_size: int = option(1, least=1)
+    packing: Literal["packed", "document"] = "packed"
+    held_out: float = option(0.1, least=0, below=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise RecipeError("sources", "the list is empty; name at least one, e.g. {kind: text, path: texts/*.txt}")
+
+
+_BUDGET_HINT = {"hint": "say when the stage ends, e.g. budget: {minutes: 10}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(Record):
+    """The stage in which every converted layer learns alone, from the teacher's hidden states.
+
+    Attributes:
+        budget: when the stage ends.
+        objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
+        lr: peak learning rate of Adam.
+        warmup: share of the budget over which the learning rate rises.
+        checkpoint_minutes: minutes between checkpoints.
+        log_every: steps between lines of the log.
+    """
+
+    budget: Budget = field(metadata=_BUDGET_HINT)
+    objective: Literal["decomposed", "output"] = "decomposed"
+    lr: float = option(1e-2, above=0)
+    warmup: float = option(0.05, least=0, below=1)
+    checkpoint_minutes: float = option(2.0, above=0)
+    log_every: int = option(10, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(Record):
+    """The stage in which the whole student learns from the teacher's logits.
+
+    Attributes:
+        budget: when the stage ends.
+        lr: peak learning rate of Adam.
+        warmup: share of the budget over which the learning rate rises.
+        kl_weight: weight of KL(teacher || student).
+        ce_weight: weight of the cross-entropy on the text itself.
+        top_k: how many of the teacher's likeliest tokens the KL compares; `None` compares the whole vocabulary.
+        temperature: both logits are divided by it before the KL.
+        train: `"lora"`, or patterns of parameter names (as in a shell: `*`, `?`) that are trained in full.
+        lora_rank: rank of the LoRA matrices.
+        lora_alpha: LoRA's scale is lora_alpha / lora_rank.
+        lora_targets: names of the modules that get LoRA.
+        checkpoint_minutes: minutes between checkpoints.
+        log_every: steps between lines of the log.
+    """
+
+    budget: Budget = field(metadata=_BUDGET_HINT)
+    lr: float = option(2e-4, above=0)
+    warmup: float = option(0.05, least=0, below=1)
+    kl_weight: float = option(1.0, least=0)
+    ce_weight: float = option(0.0, least=0)
+    top_k: int | None = option(None, least=1)
+    temperature: float = option(1.0, above=0)
+    train: Literal["lora"] | tuple[str, ...] = "lora"
+    lora_rank: int = option(8, least=1)
+    lora_alpha: float = option(16.0, above=0)
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    checkpoint_minutes: float = option(2.0, above=0)
+    log_every: int = option(10, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_weight == 0 and self.ce_weight == 0:
+            raise RecipeError("kl_weight", "0, and ce_weight is 0 too; nothing would be learned, set one above 0")
+        if not self.train:
+            raise RecipeError("train", "the list is empty; write lora, or patterns such as '*.self_attn.*'")
+        if self.train == "lora" and not self.lora_targets:
+            raise RecipeError("lora_targets", "the list is empty; name at least one module, e.g. q_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Record):
+    """What is measured about quality.
+
+    Attributes:
+        text: a text file for perplexity; `None` takes the held-out part of the data.
+        tokens: how many tokens of it are read.
+        seq_len: tokens a sequence for perplexity.
+        choices: a jsonl file of multiple-choice items (`query`, `choices`, `gold`); `None` leaves them out.
+        choices_limit: how many items are read.
+        needle_lengths: haystack lengths in tokens; an empty list leaves the needle test out.
+        needle_depths: where in the haystack the needle is, 0 = start, 1 = end.
+        control: also train the original in the same way as the student, for comparison.
+    """
+
+    text: str | None = None
+    tokens: int = option(8192, least=2)
+    seq_len: int = option(1024, least=2)
+    choices: str | None = None
+    choices_limit: int = option(100, least=1)
+    needle_lengths: tuple[int, ...] = option((256, 512, 1024), least=64)
+    needle_depths: tuple[float, ...] = option((0.1, 0.5, 0.9), least=0, most=1)
+    control: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < self.seq_len:
+            raise RecipeError("tokens", f"{self.tokens} is less than one sequence of {self.seq_len}; lower seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Record):
+    """What is measured about speed.
+
+    Attributes:
+        contexts: tokens in the cache when decoding starts.
+        decode_tokens: tokens decoded in one repeat.
+        repeats: interleaved repeats, of which the median is reported.
+        batch: sequences decoded at once.
+    """
+
+    contexts: tuple[int, ...] = option((1024, 4096, 8192), least=1)
+    decode_tokens: int = option(16, least=1)
+    repeats: int = option(5, least=1)
+    batch: int = option(1, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contexts:
+            raise RecipeError("contexts", "the list is empty; name at least one context, e.g. 1024")
