@@ -1,0 +1,166 @@
+"""Perplexity of several models on the same tokens at the same positions.
+
+The text is cut into sequences of `seq_len` tokens that do not overlap; each is read on its own, and all but its first
+token are scored. The negative log-likelihood (NLL, nats) is float32 whatever the model's dtype.
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.benchmarks.inference import device_of, inference
+from linearize.benchmarks.resampling import mean_interval
+from linearize.errors import LinearizeError
+
+__all__ = ["cut_sequences", "perplexity", "position_edges", "summarise_perplexity", "token_nll"]
+
+# Positions whose float32 log-softmax is held at once: 256 x 49k entries are 50 MB, a whole sequence of 1024 is 200.
+POSITIONS_AT_ONCE = 256
+# Logits (positions x vocabulary) that one forward pass of a batch may produce: 1 GiB in float32.
+LOGITS_AT_ONCE = 2**28
+
+
+def cut_sequences(tokens: Tensor, seq_len: int, limit: int | None = None) -> Tensor:
+    """Cut a text into sequences that do not overlap; what is left over at the end is dropped.
+
+    Args:
+        tokens: LongTensor (n,).
+        seq_len: tokens per sequence, >= 2.
+        limit: use at most this many tokens; None uses all.
+
+    Returns:
+        LongTensor (sequences, seq_len).
+
+    Raises:
+        LinearizeError: not even one sequence.
+    """
+    if tokens.dim() != 1:
+        raise LinearizeError(f"tokens: shape {tuple(tokens.shape)} is not one text; pass a tensor of one dimension")
+    if seq_len < 2:
+        raise LinearizeError(f"seq_len: {seq_len} leaves no token to score; use 2 or more")
+    n = len(tokens) if limit is None else min(len(tokens), limit)
+    if n < seq_len:
+        raise LinearizeError(
+            f"tokens: {n} held-out tokens do not fill one sequence of {seq_len}; give more text or a smaller seq_len"
+        )
+    return tokens[: n - n % seq_len].reshape(-1, seq_len)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """NLL of each target in nats, computed in float32, a few positions at a time.
+
+    Args:
+        logits: (B, T, vocabulary), any floating dtype.
+        targets: LongTensor (B, T).
+
+    Returns:
+        float32 (B, T), on the device of `logits`.
+    """
+    pieces = [
+        torch.logsumexp(piece.float(), -1) - piece.gather(-1, target[..., None])[..., 0].float()
+        for piece, target in zip(logits.split(POSITIONS_AT_ONCE, 1), targets.split(POSITIONS_AT_ONCE, 1))
+    ]
+    return torch.cat(pieces, 1)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, seq_len: int, batch_size: int | None = None) -> Tensor:
+    """NLL of every scored token of a text; `summarise_perplexity` makes perplexities of it.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: LongTensor (n,), held-out text.
+        seq_len: tokens per sequence, >= 2.
+        batch_size: sequences per forward pass; by default what keeps the logits under 1 GiB.
+
+    Returns:
+        float32 (sequences, seq_len - 1) on the CPU; column p - 1 belongs to the token with p tokens before it.
+
+    Raises:
+        LinearizeError: the text does not fill one sequence.
+    """
+    sequences = cut_sequences(tokens, seq_len)
+    if batch_size is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        batch_size = max(1, min(8, LOGITS_AT_ONCE // (seq_len * vocabulary)))
+    rows = []
+    with inference(model):
+        for batch in sequences.split(batch_size):
+            batch = batch.to(device_of(model))
+            logits = model(input_ids=batch, use_cache=False).logits
+            rows.append(token_nll(logits[:, :-1], batch[:, 1:]).cpu())
+    return torch.cat(rows)
+
+
+def position_edges(seq_len: int) -> list[int]:
+    """Borders of the position bins: 1, 32, 64, 128, ... and at last `seq_len`. A bin is [edge, next edge)."""
+    edges = [1]
+    edge = 32
+    while edge < seq_len:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, seq_len]
+
+
+def summarise_perplexity(
+    nll: Mapping[str, Tensor], comparisons: list[tuple[str, str]], seed: int = 0
+) -> dict[str, Any]:
+    """Perplexity of each row, by position too, and paired differences between rows.
+
+    Args:
+        nll: row name -> float32 (sequences, seq_len - 1), as `perplexity` returns it, the same text for all rows.
+        comparisons: pairs (row, against) whose NLL is compared, sequence by sequence.
+        seed: of the bootstrap over sequences.
+
+    Returns:
+        The `"perplexity"` part of evaluate.json; see `linearize.benchmarks.evaluate`.
+    """
+    shapes = {tuple(values.shape) for values in nll.values()}
+    assert len(shapes) == 1, f"rows were measured on different texts: {shapes}"
+    n_sequences, scored = shapes.pop()
+    return {
+        "seq_len": scored + 1,
+        "n_sequences": n_sequences,
+        "n_tokens": n_sequences * scored,
+        "rows": {
+            name: {
+                **_describe(values, seed),
+                "by_position": [
+                    {"start": start, "end": end, **_describe(values[:, start - 1 : end - 1], seed)}
+                    for start, end in pairwise(position_edges(scored + 1))
+                ],
+            }
+            for name, values in nll.items()
+        },
+        "comparisons": [
+            {"row": row, "against": against, **_difference(nll[row], nll[against], seed)}
+            for row, against in comparisons
+        ],
+    }
+
+
+def _describe(values: Tensor, seed: int) -> dict[str, Any]:
+    """Mean NLL and perplexity of (sequences, positions), with intervals over sequences. None where not finite."""
+    broken = int((~values.isfinite()).sum())
+    if broken:
+        return {"n_not_finite": broken, "nll": None, "nll_ci95": None, "ppl": None, "ppl_ci95": None}
+    means = values.double().mean(1)
+    mean, ends = float(means.mean()), mean_interval(means, seed)
+    return {
+        "n_not_finite": 0,
+        "nll": mean,
+        "nll_ci95": ends,
+        "ppl": math.exp(mean),
+        "ppl_ci95": ends and [math.exp(end) for end in ends],
+    }
+
+
+def _difference(values: Tensor, against: Tensor, seed: int) -> dict[str, Any]:
+    """Mean of NLL(row) - NLL(against), resampling the sequences of both together. Below 0: the row is better."""
+    difference = (values.double() - against.double()).mean(1)
+    if not difference.isfinite().all():
+        return {"nll_difference": None, "ci95": None}
+    return {"nll_difference": float(difference.mean()), "ci95": mean_interval(difference, seed)}

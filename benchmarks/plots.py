@@ -1,0 +1,243 @@
+"""The report's plots as inline SVG, drawn with matplotlib where it is installed.
+
+Colours are placeholders in matplotlib and CSS variables in the SVG, so that a plot follows the page into dark mode.
+Figures are as wide as a phone's column, so that their text stays readable where they are shown smallest.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from linearize.benchmarks.evaluate import BASELINE, STUDENT
+from linearize.benchmarks.summary import CONTROL, STATE_OFF, WINDOW_OFF, WINDOW_SINKS
+
+__all__ = ["COLORS", "available", "plot_cache", "plot_decode", "plot_layers", "plot_loss", "plot_positions"]
+
+# CSS variable -> the placeholder that matplotlib draws with. No two alike, none used by matplotlib itself.
+COLORS = {
+    "--ink": "#010101",
+    "--grid": "#010102",
+    "--original": "#010103",
+    "--control": "#010104",
+    "--window-sinks": "#010105",
+    "--student": "#010106",
+    "--state-off": "#010107",
+    "--window-off": "#010108",
+    "--other": "#010109",
+}
+# Row -> colour, line style and marker: rows differ without colour too.
+STYLES = {
+    BASELINE: ("--original", "-", "o"),
+    CONTROL: ("--control", "--", "s"),
+    WINDOW_SINKS: ("--window-sinks", "-.", "^"),
+    STUDENT: ("--student", "-", "D"),
+    STATE_OFF: ("--state-off", ":", "v"),
+    WINDOW_OFF: ("--window-off", ":", "P"),
+}
+OTHER = ("--other", "--", "x")
+WIDTH, HEIGHT = 4.6, 3.1
+
+
+def available() -> bool:
+    """Whether matplotlib can be imported."""
+    return find_spec("matplotlib") is not None
+
+
+def _style(row: str) -> dict[str, Any]:
+    color, line, marker = STYLES.get(row, OTHER)
+    return {"color": COLORS[color], "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.5}
+
+
+def _svg(name: str, label: str, draw: Callable[[Any], None]) -> str:
+    """Draw on one pair of axes and return the SVG element.
+
+    Args:
+        name: prefix of every id in the SVG; several SVGs in one page must not share any.
+        label: what the plot shows, for those who cannot see it.
+        draw: given the axes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    ink, grid = COLORS["--ink"], COLORS["--grid"]
+    settings = {
+        "svg.fonttype": "path",
+        "svg.hashsalt": name,
+        "font.size": 9,
+        "axes.edgecolor": grid,
+        "axes.labelcolor": ink,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "text.color": ink,
+        "xtick.color": grid,
+        "ytick.color": grid,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "legend.handlelength": 2.6,
+    }
+    # rc_context, and a figure without pyplot: a user's own settings and backend stay what they are.
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    with matplotlib.rc_context({**defaults, **settings}):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), name, label)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    """A whole SVG document -> an element for a page: own ids, CSS colours, a label, no fixed size."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    for variable, placeholder in COLORS.items():
+        svg = svg.replace(placeholder, f"var({variable})")
+    # matplotlib's stylesheet names every element of the page; its two properties go on the root instead.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
+    view = re.search(r'viewBox="[^"]+"', svg)
+    assert view is not None, "matplotlib writes a viewBox"
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} '
+    root += f'role="img" aria-label="{label}" stroke-linejoin="round" stroke-linecap="butt">'
+    return root + svg[svg.index(">") + 1 :].strip()
+
+
+def _plain_ticks(axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """Labels like 30 and 4096 on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    if ticks is not None:
+        axis.set_ticks(list(ticks))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Any, rows: int) -> None:
+    """Above the plot, where it covers no line."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if rows > 1 else 1, borderaxespad=0.2)
+
+
+def plot_positions(perplexity: dict[str, Any]) -> str:
+    """Perplexity by position in the sequence; both axes logarithmic."""
+
+    def draw(axes: Any) -> None:
+        shown = 0
+        for name, row in perplexity["rows"].items():
+            bins = [b for b in row["by_position"] if b["ppl"] is not None]
+            if bins:
+                # A bin stands at its geometric middle.
+                middles = [(b["start"] * b["end"]) ** 0.5 for b in bins]
+                axes.plot(middles, [b["ppl"] for b in bins], label=name, **_style(name))
+                shown += 1
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        edges = [b["start"] for b in next(iter(perplexity["rows"].values()))["by_position"]]
+        _plain_ticks(axes.xaxis, [*edges[1:], perplexity["seq_len"]] if len(edges) > 1 else None)
+        _plain_ticks(axes.yaxis)
+        axes.set_xlabel("tokens before the predicted one")
+        axes.set_ylabel("perplexity")
+        if shown:
+            _legend(axes, shown)
+
+    return _svg("positions", "Perplexity by position, one line a row", draw)
+
+
+def plot_layers(name: str, start: Sequence[float], end: Sequence[float], layers: Sequence[str]) -> str:
+    """Loss of each layer at the first and the last logged step of a stage."""
+
+    def draw(axes: Any) -> None:
+        at = range(len(layers))
+        shared = {"linewidth": 1.3, "markersize": 4}
+        axes.plot(at, start, "o:", color=COLORS["--state-off"], label="first step", **shared)
+        axes.plot(at, end, "D-", color=COLORS["--student"], label="last step", **shared)
+        if min([*start, *end]) > 0:
+            axes.set_yscale("log")
+        step = max(1, len(layers) // 8)
+        axes.set_xticks(list(at)[::step], list(layers)[::step])
+        axes.set_xlabel("layer")
+        axes.set_ylabel("loss")
+        _legend(axes, 2)
+
+    return _svg(name, "Loss of each layer at the first and the last step", draw)
+
+
+def plot_loss(name: str, tokens: Sequence[float], loss: Sequence[float]) -> str:
+    """Loss of a stage over the tokens read."""
+
+    def draw(axes: Any) -> None:
+        axes.plot(tokens, loss, color=COLORS["--student"], linewidth=1.3)
+        if min(loss) > 0:
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss")
+
+    return _svg(name, "Loss by tokens read", draw)
+
+
+def _series(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        series.setdefault((cell["row"], cell["cache"]), []).append(cell)
+    return series
+
+
+def _contexts(axes: Any, result: dict[str, Any]) -> None:
+    axes.set_xscale("log", base=2)
+    _plain_ticks(axes.xaxis, result["contexts"])
+    axes.set_xlabel("context in tokens")
+
+
+def plot_decode(result: dict[str, Any]) -> str:
+    """Milliseconds per token by context, with the range of the repeats."""
+
+    def draw(axes: Any) -> None:
+        series = _series(result)
+        for (row, cache), cells in series.items():
+            times = [cell["ms_per_token"] for cell in cells]
+            below = [t["p50"] - min(t["min"], t["p50"]) for t in times]
+            above = [max(t["max"], t["p50"]) - t["p50"] for t in times]
+            style = _style(row)
+            if cache == "static":
+                style |= {"linestyle": "--", "markerfacecolor": "none"}
+            label = f"{row}, {cache} cache" if row == result["baseline"] else row
+            middles = [t["p50"] for t in times]
+            contexts = [cell["context"] for cell in cells]
+            axes.errorbar(contexts, middles, yerr=[below, above], label=label, capsize=2, elinewidth=0.8, **style)
+        _contexts(axes, result)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("ms per token")
+        _legend(axes, len(series))
+
+    return _svg("decode", "Milliseconds per token by context, one line a row", draw)
+
+
+def plot_cache(result: dict[str, Any]) -> str:
+    """Bytes of the cache by context, both axes logarithmic."""
+
+    def draw(axes: Any) -> None:
+        series = _series(result)
+        for (row, cache), cells in series.items():
+            if cache == "dynamic":
+                totals = [cell["cache_bytes"]["total"] / 2**20 for cell in cells]
+                axes.plot([cell["context"] for cell in cells], totals, label=row, **_style(row))
+        _contexts(axes, result)
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+        axes.set_ylabel("cache, MiB")
+        _legend(axes, 2)
+
+    return _svg("cache", "Bytes of the cache by context, one line a row", draw)

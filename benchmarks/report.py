@@ -1,0 +1,349 @@
+"""One page of HTML from the results in a run's folder.
+
+Reads what is there of evaluate.json, bench.json, train.jsonl and recipe.yaml, and writes report.html: a single file
+without scripts or anything from the network. A line of train.jsonl is an object
+
+    {"stage": str, "step": int, "tokens": int, "loss": float, "lr": float, "tokens_per_s": float,
+     "losses_per_layer": {LAYER: float, ...}}             the last only where a stage has it
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from linearize.benchmarks import decode, evaluate, page, plots
+from linearize.benchmarks.evaluate import BASELINE, STUDENT
+from linearize.benchmarks.files import read_json, write_text
+from linearize.benchmarks.summary import difference, number, percent, quality_sentences, size, speed_sentences
+from linearize.errors import LinearizeError
+
+__all__ = ["read_train_log", "write_report"]
+
+NO_PLOTS = "This report has no plots: they need matplotlib (pip install 'linearize[report]')."
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `folder`/report.html from the results in `folder`, and return its path.
+
+    The same results give the same bytes.
+
+    Raises:
+        LinearizeError: no results in the folder, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    paths = {name: folder / name for name in ("evaluate.json", "bench.json", "train.jsonl", "recipe.yaml")}
+    quality = read_json(path, evaluate.KIND) if (path := paths["evaluate.json"]).is_file() else None
+    speed = read_json(path, decode.KIND) if (path := paths["bench.json"]).is_file() else None
+    log = read_train_log(path) if (path := paths["train.jsonl"]).is_file() else []
+    if quality is None and speed is None and not log:
+        raise LinearizeError(
+            f"{folder}: no evaluate.json, bench.json or train.jsonl to report on; "
+            "run `linearize evaluate` or `linearize bench` first"
+        )
+    recipe = path.read_text(encoding="utf-8") if (path := paths["recipe.yaml"]).is_file() else None
+    drawn = plots.available()
+    body = [
+        _summary(quality, speed, drawn),
+        *([] if quality is None else [_quality(quality, drawn), _choices(quality), _needle(quality)]),
+        "" if speed is None else _speed(speed, drawn),
+        _training(log, drawn),
+        _machine(quality, speed, recipe),
+    ]
+    title, subtitle = _title(recipe)
+    return write_text(folder / "report.html", page.page(title, subtitle, body))
+
+
+def read_train_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a train.jsonl. A last line that was cut off, as by a kill, is left out.
+
+    Raises:
+        LinearizeError: any other line that is not an object with a stage, tokens and a loss; names the line.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole, last = lines[:-1], lines[-1]  # a whole line ends in a newline, so the last piece is empty
+    records = []
+    for position, line in enumerate([*whole, last], 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if position == len(lines):
+                break
+            raise LinearizeError(f"{path}:{position}: not JSON ({error}); delete that line") from error
+        if not isinstance(record, dict) or not {"stage", "tokens", "loss"} <= record.keys():
+            raise LinearizeError(f"{path}:{position}: not a line of a training log; it needs stage, tokens and loss")
+        records.append(record)
+    return records
+
+
+def _title(recipe: str | None) -> tuple[str, str]:
+    """Title and subtitle; from the recipe where there is one."""
+    if recipe is None:
+        return "Student and original, side by side", "How much was kept, and what was gained."
+    import yaml
+
+    try:
+        values = yaml.safe_load(recipe)
+    except yaml.YAMLError as error:
+        raise LinearizeError(f"recipe.yaml: not YAML ({' '.join(str(error).split())}); restore or delete it") from error
+    values = values if isinstance(values, dict) else {}
+    model = str(values.get("model") or "a model").rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    convert = values.get("convert") or {}
+    parts = [f"{key.replace('_', ' ')} {convert[key]}" for key in ("mixer", "window", "sinks", "mix") if key in convert]
+    if "softmax_layers" in convert:
+        parts.append(f"softmax layers: {convert['softmax_layers']}")
+    return f"{model}, converted", ", ".join(parts) or "How much was kept, and what was gained."
+
+
+def _summary(quality: dict[str, Any] | None, speed: dict[str, Any] | None, drawn: bool) -> str:
+    missing = [
+        page.paragraph(f"There is no {name} in this folder; `linearize {verb}` writes it.", "small")
+        for name, verb, result in (("evaluate.json", "evaluate", quality), ("bench.json", "bench", speed))
+        if result is None
+    ]
+    return page.section(
+        "Summary",
+        page.sentences(quality_sentences(quality)) if quality is not None else "",
+        page.sentences(speed_sentences(speed)) if speed is not None else "",
+        *missing,
+        "" if drawn else page.paragraph(NO_PLOTS, "small"),
+    )
+
+
+def _range(ends: list[float] | None) -> str:
+    return "–" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
+def _figures(*figures: tuple[str, str]) -> str:
+    return '<div class="plots">\n' + "\n".join(page.figure(svg, caption) for svg, caption in figures) + "\n</div>"
+
+
+def _quality(result: dict[str, Any], drawn: bool) -> str:
+    perplexity = result["perplexity"]
+    rows = []
+    for name in result["rows"]:
+        row, pair = perplexity["rows"][name], difference(perplexity, name, BASELINE)
+        line = [name, number(row["ppl"]), _range(row["ppl_ci95"])]
+        line += ["–", "–"] if pair is None else [_signed(pair["nll_difference"]), _range(pair["ci95"])]
+        if result["choices"] is not None:
+            line.append(percent(result["choices"]["rows"][name]["normalised"]["accuracy"]))
+        if result["needle"] is not None:
+            found = result["needle"]["rows"][name]
+            line += [percent(found["greedy"]), percent(found["first"])]
+        rows.append(line)
+    head = ["row", "perplexity", "95 % interval", "NLL less the original’s", "95 % interval, paired"]
+    head += ["multiple choice"] if result["choices"] is not None else []
+    head += ["needle written", "needle ranked first"] if result["needle"] is not None else []
+    caption = (
+        f"Perplexity on {perplexity['n_tokens']} held-out tokens in {perplexity['n_sequences']} sequences "
+        f"of {perplexity['seq_len']}, the same for every row"
+    )
+    bins = next(iter(perplexity["rows"].values()))["by_position"]
+    positions = [
+        [name, *(number(b["ppl"]) for b in perplexity["rows"][name]["by_position"])] for name in result["rows"]
+    ]
+    return page.section(
+        "Quality",
+        page.table(caption, head, rows, strong=STUDENT),
+        page.table(
+            "Perplexity by the number of tokens before the predicted one",
+            ["row", *(f"{b['start']}–{b['end'] - 1}" for b in bins)],
+            positions,
+            strong=STUDENT,
+        ),
+        _figures((plots.plot_positions(perplexity), "Perplexity by position in the sequence. Lower is better."))
+        if drawn
+        else "",
+        page.paragraph(
+            "Intervals are bootstrapped over sequences. A paired interval that leaves out zero is a difference; "
+            "the intervals of two rows may overlap and still differ. NLL is in nats per token.",
+            "small",
+        ),
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{'+' if value > 0 else ''}{number(value)}"
+
+
+def _choices(result: dict[str, Any]) -> str:
+    choices = result["choices"]
+    if choices is None:
+        return ""
+    rows = []
+    for name in result["rows"]:
+        line = [name]
+        for kind in ("raw", "normalised"):
+            score = choices["rows"][name][kind]
+            line += [percent(score["accuracy"]), _percents(score["ci95"])]
+            for kept in (score["retention"], score["retention_over_chance"]):
+                line.append("–" if kept["value"] is None else f"{percent(kept['value'])} ({_percents(kept['ci95'])})")
+        rows.append(line)
+    columns = ["accuracy", "95 % interval", "kept", "kept above guessing"]
+    head = ["row", *(f"{kind}: {column}" for kind in ("raw", "normalised") for column in columns)]
+    caption = f"Multiple choice, {choices['n_items']} questions; guessing gives {percent(choices['chance'])}"
+    return page.section(
+        "Multiple choice",
+        page.table(caption, head, rows, strong=STUDENT),
+        page.paragraph(
+            "Raw takes the choice with the highest log-likelihood, normalised that per byte. Kept is the row’s "
+            "accuracy over the original’s; above guessing, after taking away from both what guessing gives.",
+            "small",
+        ),
+    )
+
+
+def _percents(ends: list[float] | None) -> str:
+    return "–" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+
+
+def _needle(result: dict[str, Any]) -> str:
+    needle = result["needle"]
+    if needle is None:
+        return ""
+    rows = []
+    for name in result["rows"]:
+        cells = needle["rows"][name]["cells"]
+        rows.append([name, *(f"{percent(cell['greedy'])} · {percent(cell['first'])}" for cell in cells)])
+    cells = next(iter(needle["rows"].values()))["cells"]
+    head = ["row", *(f"{cell['length']} at {percent(cell['depth'])}" for cell in cells)]
+    trials = sorted({cell["trials"] for cell in cells})
+    prompts = " or ".join(map(str, trials))
+    caption = f"Needle by length and depth of the text, prompts a cell: {prompts}; written · ranked first"
+    return page.section(
+        "Needle in a haystack",
+        page.table(caption, head, rows, strong=STUDENT),
+        page.paragraph(
+            "A sentence with a 5-digit number hides in held-out text. Written: greedy decoding repeats it exactly. "
+            f"Ranked first: it is likelier than {needle['candidates'] - 1} other numbers; guessing gives "
+            f"{percent(needle['chance_first'])}. Depth 0 % is the start of the text. A needle near the end may still "
+            "be in the window: compare with the row window + sinks.",
+            "small",
+        ),
+    )
+
+
+def _speed(result: dict[str, Any], drawn: bool) -> str:
+    rows = []
+    speedups = {(pair["row"], pair["context"]): pair for pair in result["comparisons"]}
+    for cell in result["cells"]:
+        times, prefill, held = cell["ms_per_token"], cell["prefill_ms"], cell["cache_bytes"]
+        pair = speedups.get((cell["row"], cell["context"]))
+        rows.append(
+            [
+                f"{cell['row']}, {cell['cache']} cache" if cell["row"] == BASELINE else cell["row"],
+                str(cell["context"]),
+                number(times["p50"]),
+                f"{number(times['min'])} to {number(times['max'])}",
+                number(times["p95"]),
+                number(times["mean"]),
+                number(cell["tokens_per_s"]),
+                "–"
+                if pair is None
+                else f"{number(pair['speedup']['p50'])} ({_range([pair['speedup'][end] for end in ('min', 'max')])})",
+                number(prefill["p50"]),
+                f"{number(prefill['min'])} to {number(prefill['max'])}",
+                size(held["total"]),
+                size(held["softmax"]),
+                size(held["window"]),
+                size(held["state"]),
+                str(cell["repeats"]),
+            ]
+        )
+    head = ["row", "context", "ms per token, median", "repeats’ medians", "p95", "mean", "tokens/s"]
+    head += ["original’s time over the row’s", "prefill ms", "range", "cache", "softmax", "window", "state", "repeats"]
+    caption = (
+        f"Decoding {result['decode_tokens']} tokens a repeat, batch {result['batch']}, on {result['device']}, "
+        f"{result['threads']} CPU threads, {', '.join(sorted(set(result['dtypes'].values())))}"
+    )
+    figures = (
+        _figures(
+            (plots.plot_decode(result), "Time per token while decoding; bars span the repeats’ medians."),
+            (plots.plot_cache(result), "Bytes held between two tokens; preallocated caches left out."),
+        )
+        if drawn
+        else ""
+    )
+    return page.section(
+        "Speed and memory",
+        figures,
+        page.table(caption, head, rows, strong=STUDENT),
+        page.paragraph(
+            "Rows take turns within each repeat. The original is measured under a growing cache (dynamic) and a "
+            "preallocated one (static); the better one at each context is what others are compared with. "
+            "Nothing is compiled.",
+            "small",
+        ),
+    )
+
+
+def _training(log: list[dict[str, Any]], drawn: bool) -> str:
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for record in log:
+        stages.setdefault(str(record["stage"]), []).append(record)
+    rows, figures = [], []
+    for index, (stage, records) in enumerate(stages.items()):
+        first, last = records[0], records[-1]
+        speeds = [record["tokens_per_s"] for record in records if record.get("tokens_per_s")]
+        rows.append(
+            [
+                stage,
+                str(last.get("step", "–")),
+                str(last["tokens"]),
+                number(first["loss"]),
+                number(last["loss"]),
+                number(median(speeds)) if speeds else "–",
+            ]
+        )
+        per_layer = [record["losses_per_layer"] for record in records if record.get("losses_per_layer")]
+        if not drawn:
+            continue
+        if per_layer:
+            layers = list(per_layer[0])
+            ends = [[float(losses[layer]) for layer in layers] for losses in (per_layer[0], per_layer[-1])]
+            svg = plots.plot_layers(f"layers{index}", *ends, layers)
+            figures.append((svg, f"{stage}: loss of each layer at the first and the last logged step."))
+        if len(records) > 1:
+            svg = plots.plot_loss(f"loss{index}", [r["tokens"] for r in records], [r["loss"] for r in records])
+            figures.append((svg, f"{stage}: loss by tokens read."))
+    if not rows:
+        return ""
+    head = ["stage", "steps", "tokens", "loss, first", "loss, last", "tokens/s, median"]
+    return page.section("Training", page.table("Stages, as logged", head, rows), _figures(*figures) if figures else "")
+
+
+def _machine(quality: dict[str, Any] | None, speed: dict[str, Any] | None, recipe: str | None) -> str:
+    parts = []
+    for name, result in (("Quality", quality), ("Speed", speed)):
+        if result is None:
+            continue
+        info = result["machine"]
+        cpu, gpu, commit = info["cpu"], info["gpu"], info["commit"]
+        quota = "" if cpu["quota"] is None else f", limited to the time of {cpu['quota']:g}"
+        memory = "" if info["memory_gib"] is None else f"{info['memory_gib']:g} GiB"
+        versions = ", ".join(f"{package} {version}" for package, version in info["versions"].items() if version)
+        parts.append(
+            page.definitions(
+                [
+                    ("measured", f"{name}, {info['date']}"),
+                    ("command", info["command"]),
+                    ("seed", "" if info["seed"] is None else str(info["seed"])),
+                    ("processor", f"{cpu['model'] or 'unknown'}, {cpu['usable']} of {cpu['cores']} cores{quota}"),
+                    ("instructions", " ".join(cpu["flags"])),
+                    ("threads", str(info["threads"])),
+                    ("memory", memory),
+                    ("GPU", "" if gpu is None else f"{gpu['name']}, {gpu['memory_gib']:g} GiB"),
+                    ("system", info["system"]),
+                    ("versions", versions),
+                    (
+                        "commit",
+                        ""
+                        if commit is None
+                        else commit["hash"] + (", with local changes" if commit["changed"] else ""),
+                    ),
+                ]
+            )
+        )
+    if recipe is not None:
+        parts.append(page.preformatted("recipe.yaml", recipe))
+    return page.section("How this was measured", *parts)

@@ -1,0 +1,63 @@
+"""Bootstrap confidence intervals.
+
+Percentile intervals of a few samples are too narrow: the resampled mean has variance (n-1)/n of what it should be,
+and normal quantiles stand where Student's belong. The quantiles taken here are moved outwards to make up for both
+("expanded percentile interval", Hesterberg 2015, What Teachers Should Know About the Bootstrap,
+https://arxiv.org/abs/1411.5279, section 4.3). At n = 8 the 95 % interval reads the 0.57 % and 99.43 % quantiles.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["RESAMPLES", "interval", "mean_interval"]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+def _tail(n: int) -> float:
+    """The quantile that the lower end of an interval from n samples is read at."""
+    normal = NormalDist()
+    z = normal.inv_cdf((1 + LEVEL) / 2)
+    v = n - 1
+    # Student's t quantile by its expansion in 1/v (Abramowitz and Stegun 26.7.5); 0.3 % off at v = 7.
+    t = (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
+    return normal.cdf(-math.sqrt(n / v) * t)
+
+
+def interval(statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0) -> list[float] | None:
+    """The 95 % interval of a statistic of n samples.
+
+    Args:
+        statistic: maps sample indices, LongTensor (resamples, n), to one value a resample, (resamples,).
+        n: how many samples there are.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Returns:
+        `[low, high]`, or None where there is no honest interval: fewer than two samples, or so many resamples with a
+        value that is not finite that an end of the interval would be one.
+    """
+    if n < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    values = statistic(torch.randint(n, (RESAMPLES, n), generator=generator)).double()
+    tail = _tail(n)
+    if (~values.isfinite()).double().mean() > tail:
+        return None
+    values = values[values.isfinite()]
+    return torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+
+
+def mean_interval(values: Tensor, seed: int = 0) -> list[float] | None:
+    """The 95 % interval of the mean of `values`, (n,). See `interval`."""
+    values = values.double()
+    return interval(lambda index: values[index].mean(1), len(values), seed)

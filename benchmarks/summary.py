@@ -1,0 +1,339 @@
+"""The report's summary: plain sentences, every one of them computed from the numbers.
+
+A difference is called one only where its 95 % interval leaves out zero (quality), or where all repeats agree (speed);
+otherwise the sentence says that nothing was measured, whichever way the mean points.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from linearize.benchmarks.evaluate import BASELINE, STUDENT
+
+__all__ = [
+    "CONTROL",
+    "STATE_OFF",
+    "WINDOW_OFF",
+    "WINDOW_SINKS",
+    "Sentence",
+    "difference",
+    "number",
+    "percent",
+    "quality_sentences",
+    "size",
+    "speed_sentences",
+]
+
+CONTROL = "control"
+WINDOW_SINKS = "window + sinks"
+STATE_OFF = "student, state off"
+WINDOW_OFF = "student, window off"
+# Below this, an interval over sequences says little about other text.
+FEW_SEQUENCES = 10
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A finding. `tone` is `"good"` or `"bad"` for the student, `"open"` where nothing was decided, or `"note"`."""
+
+    tone: str
+    text: str
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands grouped: 35.1, 0.0213, 12 300. A dash for None."""
+    if value is None:
+        return "–"
+    value = float(f"{value:.3g}")
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "−")
+    return f"{value:#.3g}".rstrip(".").replace("-", "−")
+
+
+def size(count: float) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{number(count) if unit != 'bytes' else round(count)} {unit}"
+        count /= 1024
+    return f"{number(count)} GiB"
+
+
+def percent(share: float) -> str:
+    """Whole percents."""
+    return f"{round(100 * share)} %".replace("-", "−")
+
+
+def difference(perplexity: dict[str, Any], row: str, against: str) -> dict[str, Any] | None:
+    """The paired comparison of two rows in a `"perplexity"` part, or None where it was not made."""
+    for pair in perplexity["comparisons"]:
+        if (pair["row"], pair["against"]) == (row, against):
+            return pair
+    return None
+
+
+def _sign(pair: dict[str, Any]) -> int | None:
+    """-1: the row has the lower NLL, 1: the higher, 0: no difference measured, None: it cannot be said."""
+    if pair["ci95"] is None:
+        return None
+    low, high = pair["ci95"]
+    return -1 if high < 0 else 1 if low > 0 else 0
+
+
+def quality_sentences(result: dict[str, Any]) -> list[Sentence]:
+    """What an evaluate.json says, most important first."""
+    perplexity = result["perplexity"]
+    rows = perplexity["rows"]
+    sentences = [
+        Sentence(
+            "bad", f"{name}: {row['n_not_finite']} of {perplexity['n_tokens']} predictions are not finite numbers."
+        )
+        for name, row in rows.items()
+        if row["n_not_finite"]
+    ]
+    if STUDENT not in rows:
+        return [*sentences, Sentence("note", "No student was measured.")]
+    if any(rows[name]["n_not_finite"] for name in (BASELINE, STUDENT)):
+        return sentences
+    sentences += [
+        _against_original(perplexity),
+        *_against(perplexity, WINDOW_SINKS, _window_sinks_text),
+        *_against(perplexity, STATE_OFF, _state_text),
+        *_against(perplexity, WINDOW_OFF, _window_text),
+        *_gap(perplexity),
+        *_control(perplexity),
+    ]
+    if result["choices"] is not None:
+        sentences.append(_choices(result["choices"]))
+    if result["needle"] is not None:
+        sentences.append(_needle(result["needle"]))
+    n = perplexity["n_sequences"]
+    if n < FEW_SEQUENCES:
+        count = "one sequence" if n == 1 else f"{n} sequences"
+        sentences.append(
+            Sentence("note", f"Perplexity rests on {count} of {perplexity['seq_len']} tokens: a rough guide.")
+        )
+    return [*sentences, *(Sentence("note", note) for note in result["notes"])]
+
+
+def _against_original(perplexity: dict[str, Any]) -> Sentence:
+    rows = perplexity["rows"]
+    ours, theirs = rows[STUDENT]["ppl"], rows[BASELINE]["ppl"]
+    text = f"Perplexity of the student: {number(ours)}, of the original: {number(theirs)}"
+    sign = _sign(difference(perplexity, STUDENT, BASELINE))
+    if sign is None:
+        return Sentence("open", f"{text}; one sequence cannot tell whether that is a difference.")
+    if sign == 0:
+        return Sentence("open", f"{text}; no difference measured.")
+    return Sentence("bad" if sign > 0 else "good", f"{text}, {number(ours / theirs)} times the original's.")
+
+
+def _against(perplexity: dict[str, Any], other: str, text: Any) -> list[Sentence]:
+    """The student against another row of its own kind, if that was measured."""
+    pair = difference(perplexity, STUDENT, other)
+    if pair is None or pair["nll_difference"] is None:
+        return []
+    sign = _sign(pair)
+    numbers = f"{number(perplexity['rows'][other]['ppl'])} against {number(perplexity['rows'][STUDENT]['ppl'])}"
+    tone = {-1: "good", 1: "bad", 0: "bad", None: "open"}[sign]
+    # That a student needs its window is expected, and no merit.
+    return [Sentence("note" if other == WINDOW_OFF and sign == -1 else tone, text(sign, numbers))]
+
+
+def _window_sinks_text(sign: int | None, numbers: str) -> str:
+    start = f"Window + sinks alone, without training, against the student: perplexity {numbers}"
+    return {
+        -1: f"{start}. The student is better than this free baseline.",
+        1: f"{start}. The student is worse than this free baseline.",
+        0: f"{start}. No gain over this free baseline was measured.",
+        None: f"{start}; one sequence cannot tell whether that is a difference.",
+    }[sign]
+
+
+def _state_text(sign: int | None, numbers: str) -> str:
+    start = f"With the state switched off, against on: perplexity {numbers}"
+    return {
+        -1: f"{start}. The state carries information.",
+        1: f"{start}. The state does harm: the student is better without it.",
+        0: f"{start}. The state does nothing that could be measured.",
+        None: f"{start}; one sequence cannot tell whether that is a difference.",
+    }[sign]
+
+
+def _window_text(sign: int | None, numbers: str) -> str:
+    start = f"With the window switched off, against on: perplexity {numbers}"
+    return {
+        -1: f"{start}. The student needs its window.",
+        1: f"{start}. The window does harm: the student is better without it.",
+        0: f"{start}. The window does nothing that could be measured.",
+        None: f"{start}; one sequence cannot tell whether that is a difference.",
+    }[sign]
+
+
+def _gap(perplexity: dict[str, Any]) -> list[Sentence]:
+    """How much of what window + sinks loses the student wins back, in NLL."""
+    rows = perplexity["rows"]
+    pair = difference(perplexity, WINDOW_SINKS, BASELINE)
+    # A share of a gap that may be zero means nothing.
+    if pair is None or _sign(pair) != 1 or rows[STUDENT]["nll"] is None:
+        return []
+    lost = rows[WINDOW_SINKS]["nll"] - rows[BASELINE]["nll"]
+    share = (rows[WINDOW_SINKS]["nll"] - rows[STUDENT]["nll"]) / lost
+    if share <= 0:
+        return [Sentence("bad", "The student closes none of the gap between window + sinks and the original.")]
+    return [
+        Sentence(
+            "good", f"The student closes {percent(share)} of the gap (in NLL) between window + sinks and the original."
+        )
+    ]
+
+
+def _control(perplexity: dict[str, Any]) -> list[Sentence]:
+    """What the same training does to the original: without it a student looks better than it is."""
+    rows = perplexity["rows"]
+    pair = difference(perplexity, CONTROL, BASELINE)
+    if pair is None:
+        return [
+            Sentence("note", "There is no control row: what this training does to the original itself is not known.")
+        ]
+    if pair["nll_difference"] is None:  # not finite, which has a sentence of its own
+        return []
+    numbers = f"from {number(rows[BASELINE]['ppl'])} to {number(rows[CONTROL]['ppl'])}"
+    text = {
+        -1: f"The same training improves the original itself, {numbers} (control); compare the student with that.",
+        1: f"The same training makes the original itself worse, {numbers} (control).",
+        0: f"The same training leaves the original as it was, {numbers} (control).",
+        None: f"The same training takes the original {numbers} (control); one sequence cannot tell more.",
+    }[_sign(pair)]
+    return [Sentence("note", text)]
+
+
+def _choices(choices: dict[str, Any]) -> Sentence:
+    ours, theirs = choices["rows"][STUDENT]["normalised"], choices["rows"][BASELINE]["normalised"]
+    text = (
+        f"Multiple choice, {choices['n_items']} questions: the student answers {percent(ours['accuracy'])}, "
+        f"the original {percent(theirs['accuracy'])}, guessing {percent(choices['chance'])}"
+    )
+    kept = ours["retention_over_chance"]
+    if kept["value"] is None or kept["ci95"] is None:
+        return Sentence("open", f"{text}. The original is not clearly above guessing, so this set cannot tell.")
+    low, high = kept["ci95"]
+    text += f"; above guessing, the student keeps {percent(kept['value'])}"
+    text += f" (95 % interval {percent(low)} to {percent(high)})."
+    if low <= 0:
+        return Sentence("bad", f"{text} It is not clearly above guessing.")
+    return Sentence("bad" if high < 1 else "good", text)
+
+
+def _needle(needle: dict[str, Any]) -> Sentence:
+    rows = needle["rows"]
+
+    def found(row: str, score: str) -> int:
+        return round(rows[row][score] * rows[row]["trials"])
+
+    trials = rows[STUDENT]["trials"]
+    text = f"Needle: of {trials} hidden numbers the student writes {found(STUDENT, 'greedy')}, the original "
+    text += f"{found(BASELINE, 'greedy')}; ranked first of {needle['candidates']}: {found(STUDENT, 'first')} and "
+    text += f"{found(BASELINE, 'first')}"
+    others = [name for name in (WINDOW_SINKS, STATE_OFF) if name in rows]
+    if others:
+        text += ", " + " and ".join(f"{found(name, 'first')} ({name})" for name in others)
+    guesses = number(trials * needle["chance_first"])
+    text += f"; guessing would rank about {guesses} first."
+    # Counts this small carry no interval; only the plain cases get a tone.
+    if found(BASELINE, "first") <= 2 * trials * needle["chance_first"]:
+        return Sentence("open", f"{text} The original hardly finds them, so this test cannot tell.")
+    if found(STUDENT, "first") >= found(BASELINE, "first"):
+        return Sentence("good", text)
+    return Sentence("bad", text)
+
+
+def speed_sentences(result: dict[str, Any]) -> list[Sentence]:
+    """What a bench.json says about the student, then about the measurement itself."""
+    sentences = []
+    if STUDENT in result["crossover"]:
+        sentences += [_speed(result, pair) for pair in result["comparisons"] if pair["row"] == STUDENT]
+        sentences += [_crossover(result["crossover"][STUDENT]), _prefill(result), _memory(result)]
+    else:
+        sentences.append(Sentence("note", "No student was timed."))
+    for drop in result["dropped"]:
+        sentences.append(Sentence("note", f"Context {drop['context']} was dropped: {drop['reason']}."))
+    short = sorted({cell["context"] for cell in result["cells"] if cell["repeats"] < result["repeats_asked"]})
+    if short:
+        contexts = ", ".join(map(str, short))
+        asked = result["repeats_asked"]
+        sentences.append(Sentence("note", f"Context {contexts}: time was up before all {asked} repeats were done."))
+    moved, blocks = sum(block["moved"] for block in result["blocks"]), len(result["blocks"])
+    if moved:
+        sentences.append(
+            Sentence("note", f"The machine's own speed moved by more than 10 % during {moved} of {blocks} blocks.")
+        )
+    return sentences
+
+
+def cell_of(result: dict[str, Any], row: str, context: int, cache: str = "dynamic") -> dict[str, Any]:
+    """The record of one cell of a bench.json."""
+    return next(
+        cell for cell in result["cells"] if (cell["row"], cell["context"], cell["cache"]) == (row, context, cache)
+    )
+
+
+def _speed(result: dict[str, Any], pair: dict[str, Any]) -> Sentence:
+    context = pair["context"]
+    ours = cell_of(result, STUDENT, context)
+    theirs = cell_of(result, BASELINE, context, pair["baseline_cache"])
+    text = (
+        f"At {context} tokens of context the student decodes a token in {number(ours['ms_per_token']['p50'])} ms, "
+        f"the original in {number(theirs['ms_per_token']['p50'])} ms ({pair['baseline_cache']} cache): "
+    )
+    speedup = pair["speedup"]
+    once = ours["repeats"] == 1
+    if pair["verdict"] == "undecided":
+        return Sentence("open", f"{text}no difference, the repeats disagree.")
+    if pair["verdict"] == "faster":
+        low, high = number(speedup["min"]), number(speedup["max"])
+        value, word, tone = number(speedup["p50"]), "faster", "good"
+    else:
+        low, high = number(1 / speedup["max"]), number(1 / speedup["min"])
+        value, word, tone = number(1 / speedup["p50"]), "slower", "bad"
+    span = "one repeat, no spread" if once else f"{low} to {high} over {ours['repeats']} repeats"
+    return Sentence(tone, f"{text}{value} times {word} ({span}).")
+
+
+def _crossover(crossover: dict[str, Any]) -> Sentence:
+    to = crossover["measured_to"]
+    if crossover["kind"] == "at":
+        return Sentence(
+            "good", f"The student becomes faster at about {number(crossover['context'])} tokens of context."
+        )
+    if crossover["kind"] == "everywhere":
+        return Sentence("good", f"By the medians the student is faster from the first context on, up to {to} tokens.")
+    if crossover["kind"] == "never":
+        return Sentence("bad", f"By the medians the student is not faster at any context up to {to} tokens.")
+    return Sentence("open", f"Faster at some contexts, slower at longer ones: no single crossover up to {to} tokens.")
+
+
+def _prefill(result: dict[str, Any]) -> Sentence:
+    """Prefill at the longest context, against the original's faster cache."""
+    context = result["contexts"][-1]
+    ours = cell_of(result, STUDENT, context)["prefill_ms"]
+    caches = [cell for cell in result["cells"] if (cell["row"], cell["context"]) == (BASELINE, context)]
+    theirs = min((cell["prefill_ms"] for cell in caches), key=lambda times: times["p50"])
+    text = f"Prefill of {context} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
+    if ours["max"] < theirs["min"]:
+        return Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")
+    if ours["min"] > theirs["max"]:
+        return Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")
+    return Sentence("open", f"{text}; no difference, their ranges overlap.")
+
+
+def _memory(result: dict[str, Any]) -> Sentence:
+    """Cache bytes at the longest context; the original under DynamicCache, which holds no spare room."""
+    context = result["contexts"][-1]
+    ours = cell_of(result, STUDENT, context)["cache_bytes"]["total"]
+    theirs = cell_of(result, BASELINE, context)["cache_bytes"]["total"]
+    text = f"Cache at {context} tokens: {size(ours)}, the original {size(theirs)}"
+    if ours < theirs:
+        return Sentence("good", f"{text}, {number(theirs / ours)} times as much.")
+    return Sentence("bad", f"{text}; the student's cache is not smaller at this context.")

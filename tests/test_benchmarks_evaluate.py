@@ -1,0 +1,154 @@
+"""`evaluate_rows` from end to end on tiny models, plain and converted."""
+
+import json
+import math
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from linearize import LinearizeConfig, convert
+from linearize.benchmarks.evaluate import evaluate_rows
+from linearize.benchmarks.files import read_json, write_json
+from linearize.distill.options import EvaluateOptions
+from linearize.errors import LinearizeError
+from linearize.rows import comparison_rows
+from tests.tiny_tokenizer import tiny_tokenizer
+
+TOKENS = torch.tensor(tiny_tokenizer()("the quick brown fox jumps over the lazy dog, " * 12)["input_ids"])
+
+
+def make_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_options(**changes) -> EvaluateOptions:
+    return EvaluateOptions(
+        **({"tokens": 400, "seq_len": 100, "needle_lengths": (150,), "needle_depths": (0.5,)} | changes)
+    )
+
+
+def test_converted_rows(tmp_path):
+    """All that a converted model's rows go through, and the JSON round trip."""
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"query": "the quick", "choices": ["brown fox", "cheese"], "gold": 0}\n' * 3, encoding="utf-8")
+    model = convert(make_model(), LinearizeConfig(window=8, sinks=2))
+    rows = comparison_rows(model)
+    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(choices=str(items)))
+    path = write_json(tmp_path / "evaluate.json", result)
+    assert read_json(path, "linearize.evaluate") == result
+    assert result["rows"] == list(rows)
+    perplexity = result["perplexity"]
+    assert (perplexity["n_sequences"], perplexity["n_tokens"]) == (4, 396)
+    assert (
+        perplexity["rows"].keys() == result["choices"]["rows"].keys() == result["needle"]["rows"].keys() == rows.keys()
+    )
+    assert all(row["n_not_finite"] == 0 for row in perplexity["rows"].values())
+    ppl = {name: row["ppl"] for name, row in perplexity["rows"].items()}
+    # Untrained, the student without its state is window + sinks; the state changes what comes after the window.
+    assert ppl["student, state off"] == pytest.approx(ppl["window + sinks"], rel=1e-5)
+    assert abs(ppl["student"] - ppl["student, state off"]) > 1e-3
+    assert abs(ppl["window + sinks"] - ppl["original"]) > 1e-3
+    pairs = [(pair["row"], pair["against"]) for pair in perplexity["comparisons"]]
+    assert ("window + sinks", "original") in pairs
+    assert ("student", "student, state off") in pairs
+    assert len(pairs) == len(set(pairs))
+
+
+def test_a_window_over_the_whole_text_gives_the_originals_numbers():
+    model = convert(make_model(), LinearizeConfig(window=256, sinks=0))
+    result = evaluate_rows(comparison_rows(model), tiny_tokenizer(), TOKENS, make_options())
+    rows = result["perplexity"]["rows"]
+    assert rows["student"]["ppl"] == pytest.approx(rows["original"]["ppl"], rel=1e-5)
+    assert result["needle"]["rows"]["student"] == result["needle"]["rows"]["original"]
+    pair = result["perplexity"]["comparisons"][0]
+    assert pair["nll_difference"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_row_original_is_the_unconverted_model():
+    model = make_model()
+    plain = evaluate_rows({"original": lambda: nullcontext(model)}, tiny_tokenizer(), TOKENS, make_options())
+    rows = comparison_rows(convert(model, LinearizeConfig(window=8)))
+    switched = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options())
+    assert switched["perplexity"]["rows"]["original"] == plain["perplexity"]["rows"]["original"]
+
+
+def test_each_row_is_entered_once_and_left():
+    model = make_model()
+    log = []
+
+    def row(name):
+        @contextmanager
+        def enter():
+            log.append(f"+{name}")
+            yield model
+            log.append(f"-{name}")
+
+        return enter
+
+    rows = {"original": row("original"), "control": row("control")}
+    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(needle_lengths=()))
+    assert log == ["+original", "-original", "+control", "-control"]
+    assert (result["needle"], result["choices"]) == (None, None)
+    assert result["perplexity"]["comparisons"] == [
+        {"row": "control", "against": "original", "nll_difference": 0.0, "ci95": [0.0, 0.0]}
+    ]
+
+
+def test_less_text_than_asked_for_is_said():
+    model = make_model()
+    rows = {"original": lambda: nullcontext(model)}
+    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS[:250], make_options(needle_lengths=()))
+    assert result["notes"] == ["400 tokens were asked for, the held-out text has 250; 200 were used."]
+    assert result["perplexity"]["n_sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 1000, "tokens": 1000}, "do not fill one sequence of 1000"),
+        ({"choices": "nowhere.jsonl"}, "'nowhere.jsonl' is not a file"),
+        ({"needle_lengths": (5000,)}, "needle_lengths: 5000 is longer"),
+    ],
+)
+def test_bad_options_are_refused_before_a_row_is_entered(changes, message):
+    def enter():
+        raise AssertionError("a row was entered")
+
+    with pytest.raises(LinearizeError, match=message):
+        evaluate_rows({"original": enter}, tiny_tokenizer(), TOKENS, make_options(**changes))
+
+
+def test_a_row_named_original_is_needed():
+    with pytest.raises(LinearizeError, match=r"rows: \['student'\] have no 'original'"):
+        evaluate_rows({"student": lambda: nullcontext(None)}, tiny_tokenizer(), TOKENS, make_options())
+
+
+def test_a_broken_row_does_not_stop_the_others():
+    class Broken(torch.nn.Module):
+        config = LlamaConfig(vocab_size=128)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, **kwargs):
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 128), math.nan))
+
+    model = make_model()
+    rows = {"original": lambda: nullcontext(model), "student": lambda: nullcontext(Broken())}
+    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(needle_lengths=()))
+    assert result["perplexity"]["rows"]["student"]["n_not_finite"] == 396
+    json.dumps(result, allow_nan=False)

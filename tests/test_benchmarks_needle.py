@@ -1,0 +1,163 @@
+"""The needle test: exact prompts, and scores that a model with memory passes and one without fails."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from linearize.benchmarks.needle import build_needles, needle, summarise_needles
+from linearize.errors import LinearizeError
+from tests.tiny_tokenizer import tiny_tokenizer
+
+TEXT = torch.tensor(tiny_tokenizer()("the quick brown fox jumps over the lazy dog, " * 40)["input_ids"])
+
+
+class Seen:
+    """The cache of `Copier`: the tokens themselves, (batch, length)."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def reorder_cache(self, index: torch.Tensor) -> None:
+        self.ids = self.ids[index]
+
+
+class Copier(nn.Module):
+    """Predicts what followed the last earlier occurrence of the last few tokens, if it remembers them."""
+
+    def __init__(self, memory: int, ngram: int = 8):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.memory = memory
+        self.ngram = ngram
+        self.steps: list[tuple[int, ...]] = []
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+        self.steps.append(tuple(input_ids.shape))
+        seen = input_ids if past_key_values is None else torch.cat([past_key_values.ids, input_ids], 1)
+        logits = torch.zeros(*input_ids.shape, 128)
+        before = seen.shape[1] - input_ids.shape[1]
+        for row in range(len(seen)):
+            for column in range(input_ids.shape[1]) if logits_to_keep != 1 else [input_ids.shape[1] - 1]:
+                logits[row, column, self.predict(seen[row, : before + column + 1].tolist())] = 10.0
+        if past_key_values is not None:
+            past_key_values.ids = seen
+        cache = past_key_values or Seen(seen)
+        return SimpleNamespace(logits=logits[:, -1:] if logits_to_keep == 1 else logits, past_key_values=cache)
+
+    def predict(self, ids: list[int]) -> int:
+        ids = ids[-self.memory :]
+        last = ids[-self.ngram :]
+        for start in range(len(ids) - self.ngram - 1, -1, -1):
+            if ids[start : start + self.ngram] == last:
+                return ids[start + self.ngram]
+        return 0
+
+
+def test_prompts_have_the_asked_length_and_depth():
+    tokenizer = tiny_tokenizer(bos=True)
+    needles = build_needles(tokenizer, TEXT, (200, 300), (0.0, 0.5, 1.0), trials=2)
+    assert len(needles) == 12
+    assert len({task.numbers for task in needles}) == 12
+    for task in needles:
+        assert len(task.prompt) == task.length
+        assert task.prompt[0] == tokenizer.bos_token_id
+        text = tokenizer.decode(task.prompt[1:])
+        assert text.count(task.numbers[0]) == 1
+        assert not any(number in text for number in task.numbers[1:])
+        sentence = f"the secret number is {task.numbers[0]}."
+        before, after = text.split(sentence)
+        assert after.endswith("the secret number is")
+        share = len(before) / (len(before) + len(after))
+        assert share == pytest.approx(task.depth, abs=0.3)
+        assert tokenizer.decode(task.candidates[0]) == f" {task.numbers[0]}"
+
+
+def test_a_model_that_remembers_finds_all_and_one_that_forgets_none():
+    tokenizer = tiny_tokenizer()
+    needles = build_needles(tokenizer, TEXT, (300,), (0.1, 0.5), trials=2)
+    remembers, forgets = Copier(memory=1000, ngram=12), Copier(memory=100, ngram=12)
+    found = summarise_needles({"a": needle(remembers, tokenizer, needles), "b": needle(forgets, tokenizer, needles)})
+    assert (found["rows"]["a"]["greedy"], found["rows"]["a"]["first"]) == (1.0, 1.0)
+    assert (found["rows"]["b"]["greedy"], found["rows"]["b"]["first"]) == (0.0, 0.0)
+    assert found["rows"]["b"]["mean_rank"] == 10  # ties count against it
+    # The prompt is read once; then one pass for the candidates, then single tokens.
+    assert remembers.steps[:3] == [(1, 300), (10, 5), (1, 1)]
+
+
+def test_scores_of_a_cached_model_equal_those_of_whole_sequences():
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.5,
+    )
+    model = LlamaForCausalLM(config)
+    needles = build_needles(tokenizer, TEXT, (150,), (0.2, 0.8))
+    for task, result in zip(needles, needle(model, tokenizer, needles)):
+        scores = []
+        with torch.inference_mode():
+            for candidate in task.candidates:
+                ids = torch.tensor([[*task.prompt, *candidate]])
+                logits = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0, :-1]
+                scores.append(float(logits.gather(-1, ids[0, 1:, None])[-len(candidate) :].sum()))
+            ids = torch.tensor([task.prompt])
+            written = model.generate(ids, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=3)
+        assert result["rank"] == 1 + sum(score > scores[0] for score in scores[1:])
+        assert result["text"] == tokenizer.decode(written[0, 150:])
+
+
+def test_written_number_must_end_where_it_ends():
+    tokenizer = tiny_tokenizer()
+    (task,) = build_needles(tokenizer, TEXT, (300,), (0.5,))
+    digit = tokenizer(f"{task.numbers[0]}7")["input_ids"]
+
+    class TooLong(Copier):
+        def predict(self, ids):
+            return digit[len(ids) - 301] if 301 <= len(ids) < 307 else tokenizer(" ")["input_ids"][0]
+
+    (result,) = needle(TooLong(1000), tokenizer, [task])
+    assert result["text"] == f" {task.numbers[0]}7"[: len(result["text"])]
+    assert not result["greedy"]
+
+
+def test_cells_keep_length_and_depth():
+    trials = [
+        {"length": 256, "depth": 0.1, "greedy": True, "rank": 1, "text": ""},
+        {"length": 256, "depth": 0.1, "greedy": False, "rank": 4, "text": ""},
+        {"length": 512, "depth": 0.1, "greedy": False, "rank": 10, "text": ""},
+    ]
+    row = summarise_needles({"original": trials})["rows"]["original"]
+    assert row["cells"] == [
+        {"length": 256, "depth": 0.1, "trials": 2, "greedy": 0.5, "first": 0.5, "mean_rank": 2.5},
+        {"length": 512, "depth": 0.1, "trials": 1, "greedy": 0.0, "first": 0.0, "mean_rank": 10.0},
+    ]
+    assert (row["trials"], row["mean_rank"]) == (3, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "depths", "message"),
+    [
+        ((50,), (0.5,), r"needle_lengths: 50 is too short for the sentence; use \d+ or more"),
+        ((5000,), (0.5,), "needle_lengths: 5000 is longer than the 1800 held-out tokens"),
+        ((256,), (1.5,), "needle_depths: 1.5 is outside 0 to 1"),
+    ],
+)
+def test_refusals(lengths, depths, message):
+    with pytest.raises(LinearizeError, match=message):
+        build_needles(tiny_tokenizer(), TEXT, lengths, depths)
+
+
+def test_the_named_smallest_length_works():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(LinearizeError) as error:
+        build_needles(tokenizer, TEXT, (50,), (0.5,))
+    least = int(str(error.value).split("use ")[1].split()[0])
+    assert len(build_needles(tokenizer, TEXT, (least,), (0.5,))[0].prompt) == least
