@@ -83,12 +83,23 @@ def near_chunked(
         inside = torch.arange(sinks, device=q.device) >= window_start[:, None, :, None, None, None]
         logits = torch.cat([sink_logits.masked_fill(inside, -torch.inf), logits], dim=-1)
 
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp().flatten(3, 4)
+    weights, total, lse = exponentials(logits.flatten(3, 4))
     out = weights[..., sinks:] @ values
     if sinks:
         out = out + (weights[..., :sinks].flatten(2, 3) @ sink_v.to(dtype)).unflatten(2, (chunks, group * window))
-    return _unfold_group(out, heads, window), _unfold_group(lse.flatten(3, 4)[..., None], heads, window).squeeze(-1)
+    return _unfold_group(out / total, heads, window), _unfold_group(lse, heads, window).squeeze(-1)
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - m) with m the largest of a row, their sum l, and log Z = m + log l: (..., n), (..., 1), (..., 1).
+
+    Softmax is the first by the second. exp(logits - log Z) is not: at logits of 1e4 the rounding of log Z in float32
+    would be an error of 5e-4 in every weight.
+    """
+    top = logits.detach().amax(-1, keepdim=True)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights, total, top + total.log()
 
 
 def far_chunked(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked import far_chunked, mix_near_far, near_chunked, pad_to_chunks, positions
+from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks, positions
 from .mixers import Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
 
@@ -199,13 +199,12 @@ def _one_token(
         inside = torch.arange(sinks, device=q.device) >= start[:, None]
         sink_logits = sink_logits.masked_fill(inside[:, None, None], -torch.inf)
     logits = torch.cat([sink_logits, near_logits], dim=-1)
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp()
+    weights, total, lse = exponentials(logits)
     shown = sink_logits.shape[-1]
     out = weights[..., shown:] @ near_v.to(dtype)
     if shown:
         out = out + weights[..., :shown] @ sink_v.to(dtype)
-    out, lse = out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[:, :, None]
+    out, lse = (out / total).flatten(1, 2)[:, :, None], lse.flatten(1, 2)
     if mixer is not None and (uniform is None or start > 0):
         phi_q = mixer.query_features(q).view(q.shape[0], kv_heads, heads // kv_heads, -1)
         far, log_mass = mixer.read(memory.state, phi_q)
