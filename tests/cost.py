@@ -1,0 +1,41 @@
+"""How cost grows with length: seconds of processor time, and bytes from torch's allocator."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
+    """Time of the longest run over that of the shortest, each at its best of at least 4 rounds.
+
+    Other programs can only make a run slower, so rounds go on (16 at most) while the best ones exceed `limit`.
+    """
+    best = dict.fromkeys(runs, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for done in range(1, 17):
+            for size, run in runs.items():
+                start = time.thread_time()
+                run()
+                best[size] = min(best[size], time.thread_time() - start)
+            growth = best[max(runs)] / best[min(runs)]
+            if done >= 4 and growth <= limit:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return growth
+
+
+def peak_bytes(run: Callable[[], None], folder: Path) -> int:
+    """The most bytes of tensors that `run` has alive at once, by the profiler's record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    assert len(events) > 10
+    return max(event["args"]["Total Allocated"] for event in events)

@@ -1,0 +1,715 @@
+"""Near-and-far attention: the formula, the chunked form and the decode step are one definition."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from linearize.errors import LinearizeError
+from linearize.kernels.near_far import (
+    MIXERS,
+    Hedgehog,
+    Memory,
+    Mixer,
+    State,
+    near_far_attention,
+    near_far_reference,
+    near_far_step,
+)
+from linearize.kernels.near_far.chunked import near_far_chunked
+from tests.cost import growth_of_time, peak_bytes
+from tests.tolerance import assert_near, worst
+
+FAR = ("none", "normalizer", "gate")
+PADDING = ("full", "left", "right", "holes")
+# batch, H, K, T, D, V, W, S, feature_dim
+SHAPES = [
+    (1, 1, 1, 1, 4, 4, 1, 0, 4),
+    (1, 1, 1, 9, 4, 4, 1, 0, 4),  # chunks of one token
+    (1, 2, 1, 9, 4, 4, 1, 3, 4),  # S > W
+    (2, 2, 2, 2, 4, 6, 3, 1, 4),  # W > T
+    (2, 4, 2, 13, 4, 6, 3, 0, 5),
+    (2, 4, 2, 13, 4, 3, 3, 1, 4),
+    (2, 4, 1, 29, 6, 4, 4, 2, 9),  # features wider than the head
+    (2, 3, 3, 29, 6, 8, 5, 7, 3),  # S > W; features narrower
+    (1, 6, 2, 29, 6, 4, 7, 14, 6),  # S = 2 W
+    (2, 4, 2, 11, 4, 4, 3, 40, 4),  # S > T
+    (2, 4, 2, 11, 4, 4, 16, 2, 4),
+    (2, 4, 2, 11, 4, 4, 16, 40, 4),  # S > W > T
+    (2, 4, 2, 32, 4, 4, 8, 4, 4),  # no tail
+    (2, 4, 2, 33, 4, 4, 8, 4, 4),
+    (1, 2, 1, 70, 8, 8, 9, 5, 8),
+]
+
+
+def make_inputs(shape, dtype=torch.float64, grad=False, seed=0):
+    """q, k, v, a mixer with random weights and a random mix_logit."""
+    batch, heads, kv_heads, length, size, value_size, _, _, features = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    q = 2 * normal(batch, heads, length, size)
+    k, v = normal(batch, kv_heads, length, size), normal(batch, kv_heads, length, value_size)
+    mixer = Hedgehog(heads, kv_heads, size, features)
+    with torch.no_grad():
+        for weight in mixer.parameters():
+            weight.copy_(normal(*weight.shape) * size**-0.25)
+    mix_logit = normal(heads).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype == torch.float64:
+        mixer = mixer.double()
+    inputs = [x.to(dtype).requires_grad_(grad) for x in (q, k, v)]
+    return *inputs, mixer, mix_logit.requires_grad_(grad)
+
+
+def make_mask(padding, batch, length):
+    """(B, T) bool, the rows padded by different numbers of tokens, one row not at all; None for "full"."""
+    if padding == "full":
+        return None
+    column, row = torch.arange(length), torch.arange(batch)[:, None]
+    pad = (3 + 2 * row).clamp_max(length - 1)
+    if padding == "left":
+        return column >= pad
+    if padding == "right":
+        return column < length - pad
+    return (column * 7 + row * 3) % 5 > 0
+
+
+def far_options(far, mixer, mix_logit):
+    """(mixer, mix_logit, mix) of one of FAR."""
+    return (None, None, "normalizer") if far == "none" else (mixer, mix_logit, far)
+
+
+def by_hand(q, k, v, mixer=None, mix_logit=None, *, window, sinks, mix="normalizer", scale=None, mask=None):
+    """The definition again, written another way: row by row without padding, near and far as sets in loops, and all
+    weights as logarithms, so that the shared denominator is one softmax over both sets. In the dtype of q."""
+    batch, heads, length, size = q.shape
+    scale = size**-0.5 if scale is None else scale
+    out = q.new_zeros(batch, heads, length, v.shape[-1])
+    for b in range(batch):
+        real = torch.arange(length) if mask is None else mask[b].nonzero()[:, 0]
+        count = len(real)
+        if not count:
+            continue
+        near = torch.zeros(count, count, dtype=torch.bool)
+        far = torch.zeros(count, count, dtype=torch.bool)
+        for t in range(count):
+            for i in range(t + 1):
+                is_near = i < sinks or i // window >= t // window - 1
+                (near if is_near else far)[t, i] = True
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            qs, ks, vs = q[b, h, real], k[b, kv, real], v[b, kv, real]
+            near_logits = (qs @ ks.T * scale).masked_fill(~near, -torch.inf)
+            if mixer is None:
+                out[b, h, real] = near_logits.softmax(-1) @ vs
+                continue
+            phi_q = hedgehog(qs, mixer.query_weight[h])
+            phi_k = hedgehog(ks, mixer.key_weight[kv])
+            far_logits = (phi_q @ phi_k.T).log().masked_fill(~far, -torch.inf)
+            if mix == "normalizer":
+                both = torch.cat([near_logits, far_logits + mix_logit[h].to(q.dtype)], -1).softmax(-1)
+                out[b, h, real] = both @ torch.cat([vs, vs])
+            else:
+                some = far_logits.amax(-1, keepdim=True) > -torch.inf
+                far_out = far_logits.masked_fill(~some, 0.0).softmax(-1) @ vs
+                share = torch.where(some, mix_logit[h].to(q.dtype).sigmoid(), 0.0)
+                out[b, h, real] = near_logits.softmax(-1) @ vs * (1 - share) + far_out * share
+    return out
+
+
+def hedgehog(x, weight):
+    """Equation 6 of arXiv 2402.04347 for one head: x (T, D), weight (D, F / 2)."""
+    y = x @ weight.to(x.dtype)
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
+
+
+class TestFullForm:
+    @pytest.mark.parametrize("padding", PADDING)
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_chunked(self, shape, far, padding):
+        batch, length, window, sinks = shape[0], shape[3], shape[6], shape[7]
+        q, k, v, *rest = make_inputs(shape)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": window, "sinks": sinks, "mix": mix, "mask": make_mask(padding, batch, length)}
+        reference = near_far_attention(q, k, v, mixer, mix_logit, **options, backend="reference")
+        chunked = near_far_attention(q, k, v, mixer, mix_logit, **options, backend="torch")
+        assert_near(chunked, reference)
+        assert_near(reference, by_hand(q, k, v, mixer, mix_logit, **options))
+
+    @pytest.mark.parametrize("scale", [0.5, -0.3, 0.0])
+    def test_scale(self, scale):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[4])
+        options = {"window": 3, "sinks": 2, "scale": scale}
+        expected = by_hand(q, k, v, mixer, mix_logit, **options)
+        for backend in ("reference", "torch"):
+            assert_near(near_far_attention(q, k, v, mixer, mix_logit, **options, backend=backend), expected)
+
+    @pytest.mark.parametrize("mix", FAR[1:])
+    def test_no_mix_logit_is_zeros(self, mix):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[4])
+        options = {"window": 3, "mix": mix}
+        expected = by_hand(q, k, v, mixer, torch.zeros_like(mix_logit), sinks=0, **options)
+        for backend in ("reference", "torch"):
+            assert_near(near_far_attention(q, k, v, mixer, **options, backend=backend), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    @pytest.mark.parametrize(("length", "window"), [(12, 12), (12, 13), (11, 64), (16, 8)])
+    def test_all_in_the_window_is_softmax_attention(self, length, window, backend, far, dtype):
+        q, k, v, *rest = make_inputs((2, 4, 2, length, 8, 5, window, 3, 8), dtype)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        out = near_far_attention(q, k, v, mixer, mix_logit, window=window, sinks=3, mix=mix, backend=backend)
+        assert_near(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+    def test_the_far_side_matters(self):
+        """Or the comparisons above would show little."""
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[-1])
+        window_only = near_far_attention(q, k, v, window=9, sinks=5)
+        for mix in FAR[1:]:
+            out = near_far_attention(q, k, v, mixer, mix_logit, window=9, sinks=5, mix=mix)
+            assert_near(out[:, :, :18], window_only[:, :, :18])  # chunks 0 and 1 have no far term
+            assert (out[:, :, 23:] - window_only[:, :, 23:]).abs().mean() > 1e-2
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_padding_tokens_are_never_read(self, backend):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[5])
+        for padding in PADDING[1:]:
+            mask = make_mask(padding, 2, 13)
+            options = {"window": 3, "sinks": 1, "mask": mask, "backend": backend}
+            out = near_far_attention(q, k, v, mixer, mix_logit, **options)
+            loud = [x.masked_fill(~mask[:, None, :, None], 1e4) for x in (q, k, v)]
+            assert torch.equal(near_far_attention(*loud, mixer, mix_logit, **options), out)
+            assert bool((out.transpose(1, 2)[~mask] == 0).all())
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_row_of_padding_only(self, backend):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[5], grad=True)
+        mask = torch.ones(2, 13, dtype=torch.bool)
+        mask[1] = False
+        out = near_far_attention(q, k, v, mixer, mix_logit, window=3, sinks=1, mask=mask, backend=backend)
+        out.square().sum().backward()
+        assert bool((out[1] == 0).all())
+        assert all(bool(x.grad.isfinite().all()) for x in (q, k, v, mix_logit, *mixer.parameters()))
+        assert bool((q.grad[1] == 0).all())
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_integer_mask(self, backend):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[5])
+        mask = make_mask("holes", 2, 13)
+        options = {"window": 3, "sinks": 1, "backend": backend}
+        expected = near_far_attention(q, k, v, mixer, mix_logit, mask=mask, **options)
+        assert torch.equal(near_far_attention(q, k, v, mixer, mix_logit, mask=mask.long(), **options), expected)
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_strided_inputs(self, far):
+        """The layout that a model hands over: (B, T, H, D) transposed."""
+        q, k, v, *rest = make_inputs(SHAPES[5])
+        mixer, mix_logit, mix = far_options(far, *rest)
+        strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        options = {"window": 3, "sinks": 1, "mix": mix}
+        out = near_far_attention(*strided, mixer, mix_logit, **options)
+        assert_near(out, near_far_attention(q, k, v, mixer, mix_logit, **options))
+
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_no_future_token_counts(self, backend, far):
+        q, k, v, *rest = make_inputs(SHAPES[6])
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": 4, "sinks": 2, "mix": mix, "backend": backend}
+        out = near_far_attention(q, k, v, mixer, mix_logit, **options)
+        for t in (0, 3, 4, 11, 12, 28):
+            changed = [x.clone() for x in (q, k, v)]
+            for x in changed:
+                x[:, :, t] += 5.0
+            other = near_far_attention(*changed, mixer, mix_logit, **options)
+            assert_near(other[:, :, :t], out[:, :, :t])
+            assert worst(other[:, :, t], out[:, :, t]) > 1e-3
+
+
+class TestGradients:
+    @pytest.mark.parametrize("padding", PADDING)
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("shape", [SHAPES[i] for i in (2, 5, 7, 9, 11, 13)], ids=str)
+    def test_chunked(self, shape, far, padding):
+        batch, length, window, sinks = shape[0], shape[3], shape[6], shape[7]
+        gradients = {}
+        for backend in ("reference", "torch"):
+            q, k, v, *rest = make_inputs(shape, grad=True)
+            mixer, mix_logit, mix = far_options(far, *rest)
+            mask = make_mask(padding, batch, length)
+            out = near_far_attention(
+                q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, mask=mask, backend=backend
+            )
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+            (out * weight).sum().backward()
+            named = {"q": q, "k": k, "v": v}
+            if mixer is not None:
+                named |= {"mix_logit": mix_logit} | dict(mixer.named_parameters())
+            gradients[backend] = {name: x.grad for name, x in named.items()}
+        for name, expected in gradients["reference"].items():
+            assert_near(gradients["torch"][name], expected)
+        for name in ("query_weight", "mix_logit"):
+            if far != "none" and padding == "full" and length > 2 * window + sinks:
+                assert gradients["torch"][name].abs().max() > 1e-3
+
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_numerical(self, backend, far):
+        shape = (1, 2, 1, 7, 3, 2, 2, 1, 2)
+        q, k, v, mixer, mix_logit = make_inputs(shape, grad=True)
+        mask = torch.tensor([[False, True, True, True, True, True, True]])
+        names = [name for name, _ in mixer.named_parameters()]
+
+        def run(q, k, v, mix_logit, *weights):
+            chosen = None if far == "none" else Functional(mixer, dict(zip(names, weights, strict=True)))
+            return near_far_attention(
+                q, k, v, chosen, None if far == "none" else mix_logit, window=2, sinks=1,
+                mix="normalizer" if far == "none" else far, mask=mask, backend=backend,
+            )  # fmt: skip
+
+        assert torch.autograd.gradcheck(run, (q, k, v, mix_logit, *mixer.parameters()))
+
+
+class Functional(Mixer):
+    """A Hedgehog whose weights are handed in, so that gradcheck can vary them."""
+
+    def __init__(self, mixer, weights):
+        super().__init__()
+        self._mixer = (mixer,)
+        self._weights = weights
+        self.num_features = mixer.num_features
+
+    def _features(self, x, name):
+        return torch.stack([hedgehog(row, w) for b in x for row, w in zip(b, self._weights[name], strict=True)]).view(
+            *x.shape[:3], self.num_features
+        )
+
+    def query_features(self, q):
+        return self._features(q, "query_weight")
+
+    def key_features(self, k):
+        return self._features(k, "key_weight")
+
+
+def in_steps(pieces, q, k, v, mixer, mix_logit, mask=None, memory=None, **options):
+    """All outputs of near_far_step over pieces of these lengths, and the last memory."""
+    if memory is None:
+        memory = Memory.empty(k, v, mixer, window=options["window"], sinks=options["sinks"])
+    out, done = [], 0
+    for piece in pieces:
+        part = slice(done, done + piece)
+        new = None if mask is None else mask[:, part]
+        if new is not None and bool(new.all()):
+            new = None
+        step, memory = near_far_step(
+            q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, mix_logit, mask=new, **options
+        )
+        out.append(step)
+        done += piece
+    assert done == q.shape[2]
+    return torch.cat(out, dim=2), memory
+
+
+def piece_lengths(kind, length, window):
+    """Lengths that add up to `length`."""
+    if kind == "tokens":
+        return [1] * length
+    if kind == "prefill":
+        first = max(1, length - 2 * window - 1)
+        return [first] + [1] * (length - first)
+    pattern = {
+        "uneven": (1, 7, max(1, window - 1), window, window + 1, 3 * window + 5),
+        "chunks": (window,),
+        "mixed": (2 * window, 1, 1, 2, 1, window + 1, 1),
+    }[kind]
+    pieces, left = [], length
+    while left:
+        pieces.append(min(pattern[len(pieces) % len(pattern)], left))
+        left -= pieces[-1]
+    return pieces
+
+
+class TestStep:
+    # W = 1, S > W, S > T, a tail, T far above W; 43 tokens hold the whole uneven pattern.
+    SHAPES = (
+        (2, 2, 1, 12, 4, 3, 1, 2, 4),
+        (2, 4, 2, 43, 4, 6, 4, 3, 5),
+        (2, 3, 3, 29, 4, 4, 3, 10, 4),
+        (1, 2, 1, 11, 4, 4, 2, 40, 4),
+        (2, 4, 2, 33, 4, 4, 16, 0, 4),
+    )
+
+    @pytest.mark.parametrize("kind", ["tokens", "prefill", "uneven", "chunks", "mixed"])
+    @pytest.mark.parametrize("padding", PADDING)
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_equals_full_form(self, shape, far, padding, kind):
+        batch, length, window, sinks = shape[0], shape[3], shape[6], shape[7]
+        q, k, v, *rest = make_inputs(shape)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": window, "sinks": sinks, "mix": mix}
+        mask = make_mask(padding, batch, length)
+        expected = near_far_attention(q, k, v, mixer, mix_logit, mask=mask, **options)
+        with torch.no_grad():
+            out, memory = in_steps(piece_lengths(kind, length, window), q, k, v, mixer, mix_logit, mask, **options)
+        assert_near(out, expected)
+        real = torch.full((batch,), length) if mask is None else mask.sum(-1)
+        assert torch.equal(memory.lengths, real)
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_with_gradients_on(self, far):
+        """A single token takes another path there; every output is differentiable with respect to its own inputs."""
+        q, k, v, *rest = make_inputs(self.SHAPES[1], grad=True)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": 4, "sinks": 3, "mix": mix}
+        out, memory = in_steps([9, 1, 1, 1, 1, 30], q, k, v, mixer, mix_logit, **options)
+        assert_near(out, near_far_attention(q, k, v, mixer, mix_logit, **options))
+        assert not any(x.requires_grad for x in (memory.near_k, memory.near_v, memory.sink_k, memory.sink_v))
+        assert memory.state is None or not any(x.requires_grad for x in memory.state)
+        (gradient,) = torch.autograd.grad(out[:, :, 9].sum(), q, retain_graph=True)
+        assert bool(gradient[:, :, 9].abs().sum() > 0)
+
+    def test_bytes_are_constant(self):
+        q, k, v, mixer, mix_logit = make_inputs((2, 4, 2, 200, 4, 6, 4, 3, 5), torch.float32)
+        sizes = set()
+        with torch.no_grad():
+            memory = Memory.empty(k, v, mixer, window=4, sinks=3)
+            for piece in (1, 1, 5, 40, 1, 3, 100, 1, 1, 1):
+                x = (q[:, :, :piece], k[:, :, :piece], v[:, :, :piece])
+                _, memory = near_far_step(*x, memory, mixer, mix_logit, window=4, sinks=3)
+                sizes.add(memory.nbytes())
+        # (2 W + S) keys of D and values of V, and F (V + 1) of state: a batch row and a key head each, 4 bytes.
+        assert sizes == {(2 * 2 * (8 + 3) * (4 + 6) * 4, 2 * 2 * 10 * (6 + 1) * 4)}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("pieces", ["tokens", "uneven"])
+    def test_state_stays_float32(self, pieces, dtype):
+        """And exact: sums of hundreds of tokens in bfloat16 would be off by percents."""
+        shape = (1, 2, 1, 403, 4, 6, 4, 3, 5)
+        q, k, v, mixer, mix_logit = make_inputs(shape, dtype)
+        with torch.no_grad():
+            out, memory = in_steps(
+                piece_lengths(pieces, 403, 4), q, k, v, mixer, mix_logit, window=4, sinks=3, mix="normalizer"
+            )
+            full = near_far_attention(q, k, v, mixer, mix_logit, window=4, sinks=3)
+        assert out.dtype == full.dtype == memory.near_k.dtype == memory.sink_v.dtype == dtype
+        assert memory.state.s.dtype == memory.state.z.dtype == torch.float32
+        # Tokens 3 .. 395 have left the window when the newest is token 402, in chunk 100.
+        phi = torch.stack([hedgehog(k[0, 0].double(), mixer.key_weight[0].double())])[None, :, 3:396]
+        expected = State(phi.transpose(-1, -2) @ v[:, :, 3:396].double(), phi.sum(-2))
+        for name in ("s", "z"):
+            assert_near(getattr(memory.state, name), getattr(expected, name).float())
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("far", ["window", "none", "normalizer", "gate"])
+    @pytest.mark.parametrize("form", ["reference", "torch", "step"])
+    def test_error(self, form, far, dtype):
+        """At most twice that of plain PyTorch in that dtype, both against float64; in fact one rounding."""
+        window = 64 if far == "window" else 8
+        shape = (2, 4, 2, 61, 16, 16, window, 4, 16)
+        q, k, v, *rest = make_inputs(shape, dtype)
+        mixer, mix_logit, mix = far_options("none" if far == "window" else far, *rest)
+        options = {"window": window, "sinks": 4, "mix": mix}
+        wide = [x.double() for x in (q, k, v)]
+        truth = by_hand(*wide, mixer, mix_logit, **options)
+        if far == "window":
+            logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 16**-0.5
+            future = torch.ones(61, 61, dtype=torch.bool).triu(1)
+            plain = logits.masked_fill(future, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+        else:
+            plain = by_hand(q, k, v, mixer, mix_logit, **options)
+        with torch.no_grad():
+            if form == "step":
+                out, _ = in_steps(piece_lengths("prefill", 61, 8), q, k, v, mixer, mix_logit, **options)
+            else:
+                out = near_far_attention(q, k, v, mixer, mix_logit, **options, backend=form)
+        assert out.dtype == plain.dtype == dtype
+        assert worst(out, truth) <= 2 * worst(plain, truth)
+        torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_exponentials_and_products_are_float32(self, backend):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[5], torch.bfloat16, grad=True)
+        with Recorder() as record:
+            near_far_attention(q, k, v, mixer, mix_logit, window=3, sinks=1, backend=backend)
+        watched = ("exp", "_softmax", "logsumexp", "log", "sigmoid", "bmm")
+        made = {op: dtypes for op, dtypes in record.dtypes.items() if op.split(".")[1] in watched}
+        assert {"aten._softmax.default", "aten.bmm.default", "aten.sigmoid.default"} <= made.keys()
+        assert set().union(*made.values()) == {torch.float32}
+
+
+class TestAnyLogitScale:
+    """Queries and keys are small integers times powers of two, so logits up to 1e4 are exact in float32 too."""
+
+    @staticmethod
+    def make(dtype, size, grad=False, key_size=1.0):
+        """Logits from -size to size."""
+        generator = torch.Generator().manual_seed(3)
+
+        def integers(*sizes):
+            return torch.randint(-4, 5, sizes, generator=generator).double()
+
+        q, k, v = integers(2, 4, 29, 16), integers(2, 2, 29, 16), torch.randn(2, 2, 29, 8, generator=generator)
+        raw = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().max() * 0.25
+        q = q * 2.0 ** torch.log2(size / key_size / raw).ceil()
+        k = k * key_size
+        mixer = Hedgehog(4, 2, 16)  # 16^(-1/4) = 1/2: its products are exact as well
+        mix_logit = torch.tensor([0.5, -0.5, 2.0, 0.0])
+        if dtype == torch.float64:
+            mixer, mix_logit = mixer.double(), mix_logit.double()
+        leaves = [x.to(dtype).requires_grad_(grad) for x in (q, k, v)]
+        return *leaves, mixer, mix_logit.requires_grad_(grad)
+
+    @pytest.mark.parametrize("key_size", [1.0, 64.0])
+    @pytest.mark.parametrize("size", [1e2, 1e3, 1e4])
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("form", ["reference", "torch", "tokens", "uneven"])
+    def test_right_answer(self, form, far, size, key_size):
+        q, k, v, *rest = self.make(torch.float32, size, key_size=key_size)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": 4, "sinks": 2, "mix": mix}
+        logits = (q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2)) * 0.25
+        assert logits.min() < -size / 2
+        assert logits.max() > size / 2
+        with torch.no_grad():
+            if form in ("reference", "torch"):
+                out = near_far_attention(q, k, v, mixer, mix_logit, **options, backend=form)
+            else:
+                out, _ = in_steps(piece_lengths(form, 29, 4), q, k, v, mixer, mix_logit, **options)
+        q, k, v, *rest = self.make(torch.float64, size, key_size=key_size)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        truth = by_hand(q, k, v, mixer, mix_logit, **options)
+        assert_near(out, truth.float())
+
+    @pytest.mark.parametrize("size", [1e2, 1e4])
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_gradients(self, backend, dtype, far, size):
+        def gradients(kind, form):
+            q, k, v, *rest = self.make(kind, size, grad=True)
+            mixer, mix_logit, mix = far_options(far, *rest)
+            options = {"window": 4, "sinks": 2, "mix": mix, "mask": make_mask("left", 2, 29)}
+            form(q, k, v, mixer, mix_logit, **options).square().sum().backward()
+            leaves = [q, k, v] if mixer is None else [q, k, v, mix_logit, *mixer.parameters()]
+            return [x.grad for x in leaves]
+
+        got = gradients(dtype, lambda *args, **options: near_far_attention(*args, **options, backend=backend))
+        truth = gradients(torch.float64, by_hand)
+        for actual, expected in zip(got, truth, strict=True):
+            assert bool(actual.isfinite().all())
+            # Gradients of weights are sums of terms as large as q: relative to the largest of them.
+            top = expected.abs().max()
+            assert worst(actual, expected) <= (1e-10 if dtype == torch.float64 else 1e-4) * max(float(top), 1.0)
+
+    @pytest.mark.parametrize("mix", FAR[1:])
+    @pytest.mark.parametrize("logit", [-1e4, 1e4])
+    @pytest.mark.parametrize("form", ["reference", "torch", "tokens", "uneven"])
+    def test_all_logits_alike(self, form, logit, mix):
+        """All at -1e4: the far side has the whole shared denominator. All at 1e4: none of it."""
+        q, k, v, mixer, mix_logit = make_inputs((1, 2, 1, 29, 4, 3, 4, 0, 4), torch.float32)
+        q, k = torch.ones_like(q), torch.full_like(k, logit / 2)  # 4 * logit / 2 * 4^(-1/2)
+        mixer.reset_parameters()
+        options = {"window": 4, "sinks": 0, "mix": mix}
+        with torch.no_grad():
+            if form in ("reference", "torch"):
+                out = near_far_attention(q, k, v, mixer, mix_logit, **options, backend=form)
+            else:
+                out, _ = in_steps(piece_lengths(form, 29, 4), q, k, v, mixer, mix_logit, **options)
+        for t in (3, 8, 28):
+            start = max(0, t // 4 - 1) * 4
+            near = v[0, 0, start : t + 1].mean(0)
+            far = v[0, 0, :start].mean(0) if start else near
+            for head in range(2):
+                share = float(logit < 0) if mix == "normalizer" else float(mix_logit[head].sigmoid())
+                assert_near(out[0, head, t], near + share * (far - near))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_half_precision_is_finite(self, backend, far, dtype):
+        q, k, v, *rest = self.make(dtype, 1e4, grad=True)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        out = near_far_attention(q, k, v, mixer, mix_logit, window=4, sinks=2, mix=mix, backend=backend)
+        out.float().square().sum().backward()
+        leaves = [q, k, v] if mixer is None else [q, k, v, mix_logit, *mixer.parameters()]
+        assert all(bool(x.isfinite().all()) for x in (out, *(leaf.grad for leaf in leaves)))
+        wide = near_far_attention(
+            *(x.detach().float() for x in (q, k, v)), mixer, mix_logit, window=4, sinks=2, mix=mix, backend=backend
+        )
+        torch.testing.assert_close(out.float(), wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+class Recorder(TorchDispatchMode):
+    """Watches every operation: the largest storage it made, in bytes, and the dtypes of its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.dtypes: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+                self.dtypes.setdefault(str(func), set()).add(x.dtype)
+        return out
+
+
+class TestLinearCost:
+    """Training: forward and backward, 4096 tokens against 1024."""
+
+    H, K, D, W, S = 4, 2, 64, 64, 4
+
+    def runs(self, far):
+        """A training step by length."""
+
+        def run(length):
+            shape = (1, self.H, self.K, length, self.D, self.D, self.W, self.S, self.D)
+            q, k, v, *rest = make_inputs(shape, torch.float32, grad=True)
+            mixer, mix_logit, mix = far_options(far, *rest)
+            leaves = [q, k, v] if mixer is None else [q, k, v, mix_logit, *mixer.parameters()]
+
+            def step():
+                out = near_far_attention(q, k, v, mixer, mix_logit, window=self.W, sinks=self.S, mix=mix)
+                torch.autograd.grad(out.sum(), leaves)
+
+            return step
+
+        return {length: run(length) for length in (1024, 4096)}
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_no_tensor_of_length_squared(self, far):
+        largest = {}
+        for length, run in self.runs(far).items():
+            with Recorder() as record:
+                run()
+            largest[length] = record.largest
+        assert largest[4096] <= 4.1 * largest[1024]
+        # The widest is near weights: 2 W + S a query.
+        assert largest[4096] <= 1.1 * 4 * self.H * 4096 * (2 * self.W + self.S)
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_peak_memory(self, far, tmp_path):
+        peak = {length: peak_bytes(run, tmp_path) for length, run in self.runs(far).items()}
+        assert peak[4096] <= 5 * peak[1024]
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_time(self, far):
+        assert growth_of_time(self.runs(far), limit=5) <= 5
+
+
+class TestInterface:
+    def test_signatures_agree(self):
+        reference = inspect.signature(near_far_reference)
+        assert inspect.signature(near_far_chunked) == reference
+        public = inspect.signature(near_far_attention)
+        *parameters, backend = public.parameters.values()
+        assert parameters == list(reference.parameters.values())
+        assert public.return_annotation == reference.return_annotation
+        assert (backend.name, backend.default) == ("backend", "auto")
+        # The step takes the same, with the memory after the inputs.
+        step = list(inspect.signature(near_far_step).parameters.values())
+        assert step.pop(3).name == "memory"
+        assert step == list(reference.parameters.values())
+
+    def test_auto_is_the_chunked_form_here(self):
+        q, k, v, mixer, mix_logit = make_inputs(SHAPES[5])
+        auto = near_far_attention(q, k, v, mixer, mix_logit, window=3)
+        assert torch.equal(auto, near_far_attention(q, k, v, mixer, mix_logit, window=3, backend="torch"))
+
+    def test_public_name(self):
+        import linearize
+
+        assert linearize.near_far_attention is near_far_attention
+
+    def test_mixers_by_name(self):
+        assert dict(MIXERS) == {"none": None, "hedgehog": Hedgehog}
+
+    def test_hedgehog_is_native_to_grouped_queries(self):
+        mixer = Hedgehog(6, 2, 8, 5)
+        assert {name: tuple(x.shape) for name, x in mixer.named_parameters()} == {
+            "query_weight": (6, 8, 5),
+            "key_weight": (2, 8, 5),
+        }
+        k = torch.randn(3, 2, 7, 8)
+        state = mixer.empty_state(k, torch.randn(3, 2, 7, 4))
+        assert (state.s.shape, state.z.shape) == ((3, 2, 10, 4), (3, 2, 10))
+        assert bool((mixer.key_features(k) >= 0).all())
+
+    def test_hedgehog_starts_as_a_scaled_identity(self):
+        mixer = Hedgehog(2, 1, 4, 6)
+        expected = torch.cat([torch.eye(4), torch.eye(4)[:, :2]], dim=1) * 4**-0.25
+        assert all(torch.equal(head, expected) for weight in mixer.parameters() for head in weight)
+
+
+def _call(**changes):
+    """The arguments of a small correct call, with some of them changed."""
+    arguments = {"q": torch.zeros(2, 4, 6, 8), "k": torch.zeros(2, 2, 6, 8), "v": torch.zeros(2, 2, 6, 5), "window": 3}
+    return arguments | changes
+
+
+class TestBadInputs:
+    def test_the_call_itself_is_right(self):
+        assert near_far_attention(**_call()).shape == (2, 4, 6, 5)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"q": torch.zeros(4, 6, 8)}, "q has shape (4, 6, 8); it needs 4 dimensions (batch, heads, tokens, size)"),
+            ({"v": torch.zeros(6)}, "v has shape (6,); it needs 4 dimensions (batch, heads, tokens, size)"),
+            ({"q": torch.zeros(2, 4, 6, 8).long()}, "q is torch.int64; convert it to a float dtype"),
+            (
+                {"k": torch.zeros(2, 2, 6, 8).half()},
+                "k is torch.float16 but q is torch.float32; convert them to one dtype",
+            ),
+            (
+                {"v": torch.zeros(2, 2, 6, 5, device="meta")},
+                "v is on meta but q is on cpu; move them to one device",
+            ),
+            ({"k": torch.zeros(1, 2, 6, 8)}, "k has batch 1 but q has 2; make them equal"),
+            ({"v": torch.zeros(2, 2, 7, 5)}, "v has 7 tokens but q has 6; make them equal"),
+            ({"v": torch.zeros(2, 4, 6, 5)}, "k has 2 heads but v has 4; make them equal"),
+            (
+                {"k": torch.zeros(2, 3, 6, 8), "v": torch.zeros(2, 3, 6, 5)},
+                "4 query heads are no multiple of 3 key heads; k and v need a divisor of 4",
+            ),
+            (
+                {"k": torch.zeros(2, 0, 6, 8), "v": torch.zeros(2, 0, 6, 5)},
+                "4 query heads are no multiple of 0 key heads; k and v need a divisor of 4",
+            ),
+            ({"k": torch.zeros(2, 2, 6, 4)}, "q has head size 8 but k has 4; make them equal"),
+            ({name: torch.zeros(2, 2, 0, 8) for name in "qkv"}, "0 tokens; give at least 1"),
+            ({"window": 0}, "window 0 is below 1; use at least 1"),
+            ({"window": -3}, "window -3 is below 1; use at least 1"),
+            ({"sinks": -1}, "sinks -1 is below 0; use 0 for none"),
+            ({"mix": "blend"}, "mix 'blend' is unknown; known: normalizer, gate"),
+            ({"backend": "cuda"}, "backend 'cuda' is unknown; known: auto, reference, torch, triton"),
+            ({"mix_logit": torch.zeros(2)}, "mix_logit has shape (2,); it needs (4,), one a query head"),
+            ({"mask": torch.ones(2, 5).bool()}, "mask has shape (2, 5); it needs (2, 6)"),
+            ({"mask": torch.ones(2, 1, 6, 6).bool()}, "mask has shape (2, 1, 6, 6); it needs (2, 6)"),
+        ],
+        ids=lambda value: value[:40] if isinstance(value, str) else "",
+    )
+    def test_message(self, changes, message):
+        with pytest.raises(LinearizeError) as error:
+            near_far_attention(**_call(**changes))
+        assert str(error.value) == f"near_far_attention: {message}"
+
+    def test_no_triton_kernels_yet(self):
+        with pytest.raises(NotImplementedError) as error:
+            near_far_attention(**_call(backend="triton"))
+        assert str(error.value) == (
+            "backend: 'triton' has no near-and-far kernels yet; use backend='auto' or 'torch', which runs on any device"
+        )

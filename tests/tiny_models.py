@@ -1,0 +1,72 @@
+"""Tiny random causal language models of every known family, built in code: no downloads."""
+
+from typing import Any
+
+import torch
+
+VOCAB = 128
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Both ways of the language head occur, and a family whose head_dim does not follow from hidden_size.
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 32},
+}
+
+
+def make_config(family: str, **changes: Any) -> Any:
+    """The transformers config of a tiny model: 3 layers, 4 query heads, 2 key-value heads, 128 tokens."""
+    from transformers import AutoConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 16384,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        # Ten times the usual: with small weights attention is uniform, and a wrong mask or scale would not show.
+        "initializer_range": 0.2,
+    }
+    return AutoConfig.for_model(family, **(values | _OWN[family] | changes))
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A tiny model in evaluation mode. `changes` go to its config; norms and biases are random too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+    return model.to(dtype).eval()
+
+
+def randomize_far(model: Any, seed: int = 1) -> Any:
+    """Random mixers and mixes, large enough that the far side carries a good share of every output."""
+    from linearize.convert import converted_layers
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in converted_layers(model).values():
+            if layer.mixer is None:
+                continue
+            layer.mix_logit.copy_(torch.randn(layer.mix_logit.shape, generator=generator) + 1.0)
+            for parameter in layer.mixer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def make_tokens(batch: int, length: int, seed: int = 2) -> torch.Tensor:
+    """(batch, length) random token ids; never the padding token 0."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
