@@ -141,7 +141,8 @@ def _many_tokens(
         state = State(*(_chunk(x.detach(), skipped, window) for x in states))
     near_k, near_v = (_rows(x.detach(), skipped, 2 * window) for x in (k_rows, v_rows))
     next_uniform = None if uniform is None else uniform + new
-    return out, Memory(near_k.contiguous(), near_v.contiguous(), sink_k, sink_v, state, lengths, next_uniform)
+    near_k, near_v = near_k.contiguous(), near_v.contiguous()
+    return out, Memory(near_k, near_v, sink_k.detach(), sink_v.detach(), state, lengths, next_uniform)
 
 
 def _one_token(
@@ -275,11 +276,11 @@ def _write_sinks(sinks: Tensor, new: Tensor, lengths: Tensor, counts: Tensor, un
             return sinks
         written = sinks.clone()
         last = min(size, uniform + new.shape[2])
-        written[:, :, uniform:last] = new[:, :, : last - uniform].detach()
+        written[:, :, uniform:last] = new[:, :, : last - uniform]
         return written
     if not size or not bool((lengths < size).any()):
         return sinks
     slot = torch.arange(size, device=new.device) - lengths[:, None]  # which new token belongs in each sink
     chosen = (slot >= 0) & (slot < counts[:, None])
     index = slot.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-    return torch.where(chosen[:, None, :, None], new.detach().gather(2, index), sinks)
+    return torch.where(chosen[:, None, :, None], new.gather(2, index), sinks)
