@@ -20,15 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["OPENINGS", "write_texts"]
 
-# Neutral beginnings, so that texts differ from their first words on. Every second text starts with the tokenizer's
-# first token alone where it has one: chat models then write a whole conversation.
+# Neutral beginnings, so that texts differ from their first words on. Every second text has no opening of its own but
+# what precedes any text; chat models then write a whole conversation, the question included.
 OPENINGS = (
     "The", "In the", "When", "A common", "How to", "Once", "People", "The first", "It is", "According to", "There are",
     "Many", "If you", "One of the", "As a", "This", "Most", "To make", "After the", "What is", "Although", "Our",
     "Dear", "During", "Every", "For", "Here is", "I", "Let us", "Question:", "She", "def ",
 )  # fmt: skip
 ROWS = 16
-TOP_P = 0.95
+# Plain sampling lets small models slip into gibberish; choosing among the likeliest few is also cheap, which sorting
+# the vocabulary, as nucleus sampling does, is not.
+TEMPERATURE = 0.8
+TOP_K = 100
 SHORTEST = 64
 # Rounds in a row that bring no new text before the teacher counts as having nothing more to say.
 PATIENCE = 3
@@ -111,8 +114,8 @@ def _write_round(
     draw = random.Random(f"{seed} {number}")
     openings = [prompt] * ROWS if prompt is not None else draw.sample(OPENINGS, ROWS)
     starts = [list(tokenizer(opening)["input_ids"]) for opening in openings]
-    if prompt is None and tokenizer.bos_token_id is not None:
-        starts[::2] = [[tokenizer.bos_token_id]] * len(starts[::2])
+    if prompt is None and (start := _bare_start(tokenizer)):
+        starts[::2] = [start] * len(starts[::2])
     longest = max(map(len, starts))
     if longest >= length:
         raise LinearizeError(
@@ -130,11 +133,12 @@ def _write_round(
             rows = teacher.generate(
                 ids,
                 attention_mask=mask,
-                max_new_tokens=length - longest,
+                # Enough for the shortest opening; the other texts are cut to the same length.
+                max_new_tokens=length - min(map(len, starts)),
                 do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=TOP_P,
+                temperature=TEMPERATURE,
+                top_k=TOP_K,
+                top_p=1.0,
                 repetition_penalty=1.0,
                 pad_token_id=pad,
                 # An id that no model writes: after its end-of-text token a text goes on with the next one, as in
@@ -143,7 +147,17 @@ def _write_round(
             )
     finally:
         teacher.train(was_training)
-    return [row[longest - len(start) :] for row, start in zip(rows.tolist(), starts)]
+    return [row[longest - len(start) :][:length] for row, start in zip(rows.tolist(), starts)]
+
+
+def _bare_start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What precedes any text: of a chat, all up to the user's first word; else the tokenizer's first token, if any."""
+    if tokenizer.chat_template is not None:
+        word = "linearize"
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False)
+        assert isinstance(chat, str)
+        return list(tokenizer(chat.partition(word)[0], add_special_tokens=False)["input_ids"])
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def _fingerprint(

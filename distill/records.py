@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 from linearize.errors import LinearizeError
@@ -53,9 +52,10 @@ class Record:
     """Converts and checks its fields by their annotations and limits on every build."""
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             try:
-                value = _convert(getattr(self, spec.name), _hints(type(self))[spec.name], spec.metadata)
+                value = _convert(getattr(self, spec.name), hints[spec.name], spec.metadata)
             except RecipeError as error:
                 raise error.inside(spec.name) from None
             object.__setattr__(self, spec.name, value)
@@ -79,11 +79,6 @@ class Record:
         """Plain values that YAML and JSON can hold; `from_dict` gives an equal record back."""
         pairs = ((spec, getattr(self, spec.name)) for spec in dataclasses.fields(self))
         return {spec.name: plain(value) for spec, value in pairs if value is not None or spec.default is not None}
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _convert(value: object, hint: Any, metadata: Mapping[str, Any]) -> Any:

@@ -231,13 +231,14 @@ def test_topics_are_split_without_quotes():
     quote = "this paragraph stands in two topics and is long enough to matter " * 2
     assert len(quote) >= QUOTE_CHARS
     topics = {f"t{i}": f"Topic {i}.\n\nIt is about {i} and " + "words " * 20 + str(i) for i in range(60)}
-    topics["t3"] += f"\n\n{quote}"
-    topics["t40"] += f"\n  \n  {quote}\n"
+    for i in range(8):
+        topics[f"t{i}"] += f"\n\n{i} {quote}"
+        topics[f"t{i + 30}"] += f"\n  \n  {i} {quote}\n"
     for share in (0.05, 0.1, 0.3, 0.5, 0.9):
         train, held = split_topics(topics, share)
         assert train.keys() | held.keys() == topics.keys()
         assert not train.keys() & held.keys()
-        assert ("t3" in held) == ("t40" in held)
+        assert [f"t{i}" in held for i in range(8)] == [f"t{i + 30}" in held for i in range(8)]
         assert sum(map(len, held.values())) == pytest.approx(share * sum(map(len, topics.values())), rel=0.25)
     assert split_topics(topics, 0.1) == split_topics(dict(reversed(topics.items())), 0.1)
 
@@ -291,6 +292,13 @@ def test_records_of_many_forms(tokenizer, tmp_path):
     )
 
 
+def test_several_jsonl_files(tokenizer, tmp_path):
+    for name, words in {"a": ["one", "two"], "b": ["three"], "c": ["four", "five", "six"]}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": word} for word in words])
+    stream = build_stream(data(Source(kind="jsonl", path=f"{tmp_path}/*.jsonl"), seq_len=8, held_out=0), tokenizer, 0)
+    assert tokenizer.decode(stream.tokens()) == "one<eos>two<eos>three<eos>four<eos>five<eos>six<eos>"
+
+
 def test_named_field_and_blank_lines(tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "no", "body": "yes, this one"}\n\n{"body": "and this é"}')
     source = Source(kind="jsonl", path=str(tmp_path / "d.jsonl"), field="body")
@@ -327,7 +335,10 @@ def test_generated_texts(tokenizer, teacher, tmp_path):
     texts = write_texts(teacher, tokenizer, tokens=3000, seq_len=64, seed=0, cache_dir=tmp_path)
     assert torch.equal(torch.random.get_rng_state(), random_state), "the run's own draws stay as they were"
     assert sum(map(len, texts)) >= 3000
-    assert max(map(len, texts)) <= 64
+    assert {len(text) for text in texts} == {64}
+    starts = {tokenizer.decode(text)[:6] for text in texts}
+    assert "<user>" in starts, "a chat, from before the question"
+    assert len(starts) > ROWS // 2
     assert len(set(map(tuple, texts))) == len(texts)
     again = write_texts(teacher, tokenizer, tokens=3000, seq_len=64, seed=0)
     assert again == texts
@@ -338,7 +349,7 @@ def test_generated_texts_continue_after_a_kill(tokenizer, teacher, tmp_path):
     texts = write_texts(teacher, tokenizer, tokens=3000, seq_len=64, seed=0, cache_dir=tmp_path)
     (file,) = tmp_path.glob("generated-*.jsonl")
     whole = file.read_bytes()
-    assert whole.count(b"\n") >= 3
+    assert whole.count(b"\n") == 3
     file.write_bytes(whole[: len(whole) // 2])  # the last of what is left is half a line
     assert write_texts(teacher, tokenizer, tokens=3000, seq_len=64, seed=0, cache_dir=tmp_path) == texts
     assert file.read_bytes() == whole
