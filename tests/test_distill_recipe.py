@@ -246,8 +246,8 @@ READERS = {
     "DataOptions": ["distill/data.py"],
     "TransferOptions": ["distill/train.py"],
     "DistillOptions": ["distill/train.py"],
-    "EvaluateOptions": ["benchmarks/evaluate.py", "linearize/job.py"],
-    "BenchOptions": ["benchmarks/decode.py", "linearize/job.py"],
+    "EvaluateOptions": ["benchmarks/evaluate.py", "distill/train.py", "linearize/job.py"],
+    "BenchOptions": ["benchmarks/decode.py", "distill/train.py", "linearize/job.py"],
     "Recipe": ["distill/train.py", "linearize/job.py"],
 }
 
