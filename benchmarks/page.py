@@ -1,21 +1,33 @@
 """The parts of the report page: HTML elements with escaped text, and the stylesheet."""
 
+import html
+import re
 from collections.abc import Sequence
-from html import escape
 from string import Template
 
 from linearize.benchmarks.summary import Sentence
 
-__all__ = ["definitions", "figure", "page", "paragraph", "preformatted", "section", "sentences", "table"]
+__all__ = ["definitions", "figure", "page", "paragraph", "preformatted", "section", "sentences", "subsection", "table"]
 
 # What a sentence's mark says to those who do not see it.
 TONES = {"good": ("+", "good: "), "bad": ("−", "bad: "), "open": ("?", "undecided: "), "note": ("·", "note: ")}
+
+
+def escape(text: str) -> str:
+    """Text for a page: escaped, and no line breaks between a number and its unit."""
+    return html.escape(re.sub(r"(?<=\d) (?=(?:%|ms|bytes|KiB|MiB|GiB)(?!\w))", "\N{NO-BREAK SPACE}", text))
 
 
 def section(title: str, *parts: str) -> str:
     """A heading and what follows; nothing at all without parts."""
     body = "\n".join(part for part in parts if part)
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def subsection(title: str, *parts: str) -> str:
+    """A smaller heading and what follows; nothing at all without parts."""
+    body = "\n".join(part for part in parts if part)
+    return f"<h3>{escape(title)}</h3>\n{body}" if body else ""
 
 
 def paragraph(text: str, css: str = "") -> str:
@@ -51,9 +63,10 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], stro
         css = ' class="strong"' if first == strong else ""
         cells = "".join(f"<td>{escape(text)}</td>" for text in rest)
         body.append(f'<tr{css}><th scope="row">{escape(first)}</th>{cells}</tr>')
+    # The caption stands outside: inside, it would be as wide as the table and scroll away with it.
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption>\n"
+        f'<p class="caption">{escape(caption)}</p>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>\n'
         f"<thead><tr>{title}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
     )
 
@@ -128,6 +141,7 @@ main { max-width: 62rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 3.5rem) cl
 h1 { font-size: clamp(1.6rem, 1.2rem + 2vw, 2.4rem); line-height: 1.15; letter-spacing: -0.012em; font-weight: 600;
   margin: 0; text-wrap: balance; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; line-height: 1.25; font-weight: 600; margin: 0 0 0.9rem; }
+h3 { font: 600 0.95rem/1.4 var(--sans); color: var(--soft); margin: 1.25rem 0 0.3rem; }
 section { margin-top: 2.75rem; padding-top: 1.25rem; border-top: 1px solid var(--grid); }
 p { margin: 0 0 0.9rem; max-width: 42rem; text-wrap: pretty; }
 .lead { color: var(--soft); margin-top: 0.6rem; overflow-wrap: anywhere; }
@@ -142,22 +156,24 @@ p { margin: 0 0 0.9rem; max-width: 42rem; text-wrap: pretty; }
 .open .mark { color: var(--open); }
 .note { color: var(--soft); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-.scroll { overflow-x: auto; margin: 1rem 0 1.5rem; }
+.scroll { overflow-x: auto; margin: 0 0 1.5rem; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--control); outline-offset: 2px; }
 table { border-collapse: collapse; font: 0.875rem/1.4 var(--sans); font-variant-numeric: tabular-nums lining-nums;
   min-width: 100%; }
-caption { text-align: left; color: var(--soft); padding: 0 0 0.5rem; caption-side: top; }
+.caption { font: 0.875rem/1.45 var(--sans); color: var(--soft); margin: 1rem 0 0.4rem; }
 th, td { padding: 0.42rem 0 0.42rem 1.25rem; text-align: right; white-space: nowrap; }
 thead th { font-weight: 500; color: var(--soft); border-bottom: 1px solid var(--ink); vertical-align: bottom;
   white-space: normal; min-width: 4.2rem; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 th:first-child { text-align: left; padding-left: 0; padding-right: 0.5rem; position: sticky; left: 0;
   background: var(--paper); font-weight: 500; }
-.strong > * { font-weight: 700; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2rem; }
+.strong > *, .strong > th:first-child { font-weight: 700; }
+.plots { display: grid; margin: 1.25rem 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 1.5rem 2rem; }
 figure { margin: 0; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 34rem; }
-figcaption { font: 0.85rem/1.45 var(--sans); color: var(--soft); max-width: 34rem; }
+figure svg { display: block; width: 100%; height: auto; max-width: 30rem; }
+figcaption { font: 0.85rem/1.45 var(--sans); color: var(--soft); max-width: 30rem;
+  margin-top: 0.3rem; }
 dl { font: 0.875rem/1.5 var(--sans); margin: 0 0 1.25rem; }
 dl div { display: grid; grid-template-columns: 9rem 1fr; gap: 0 1rem; padding: 0.3rem 0;
   border-bottom: 1px solid var(--grid); }

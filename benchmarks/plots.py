@@ -65,7 +65,7 @@ def _svg(name: str, label: str, draw: Callable[[Any], None]) -> str:
     settings = {
         "svg.fonttype": "path",
         "svg.hashsalt": name,
-        "font.size": 9,
+        "font.size": 10,
         "axes.edgecolor": grid,
         "axes.labelcolor": ink,
         "axes.spines.right": False,
@@ -80,7 +80,7 @@ def _svg(name: str, label: str, draw: Callable[[Any], None]) -> str:
         "xtick.labelcolor": ink,
         "ytick.labelcolor": ink,
         "legend.frameon": False,
-        "legend.fontsize": 8,
+        "legend.fontsize": 9,
         "legend.handlelength": 2.6,
     }
     # rc_context, and a figure without pyplot: a user's own settings and backend stay what they are.
@@ -120,7 +120,9 @@ def _plain_ticks(axis: Any, ticks: Sequence[float] | None = None) -> None:
         axis.set_ticks(list(ticks))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        low, high = axis.get_view_interval()
+        subs = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -165,6 +167,7 @@ def plot_layers(name: str, start: Sequence[float], end: Sequence[float], layers:
         axes.plot(at, end, "D-", color=COLORS["--student"], label="last step", **shared)
         if min([*start, *end]) > 0:
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         step = max(1, len(layers) // 8)
         axes.set_xticks(list(at)[::step], list(layers)[::step])
         axes.set_xlabel("layer")

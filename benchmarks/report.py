@@ -103,8 +103,8 @@ def _summary(quality: dict[str, Any] | None, speed: dict[str, Any] | None, drawn
     ]
     return page.section(
         "Summary",
-        page.sentences(quality_sentences(quality)) if quality is not None else "",
-        page.sentences(speed_sentences(speed)) if speed is not None else "",
+        page.subsection("Quality", page.sentences(quality_sentences(quality)) if quality is not None else ""),
+        page.subsection("Speed and memory", page.sentences(speed_sentences(speed)) if speed is not None else ""),
         *missing,
         "" if drawn else page.paragraph(NO_PLOTS, "small"),
     )
@@ -131,7 +131,7 @@ def _quality(result: dict[str, Any], drawn: bool) -> str:
             found = result["needle"]["rows"][name]
             line += [percent(found["greedy"]), percent(found["first"])]
         rows.append(line)
-    head = ["row", "perplexity", "95 % interval", "NLL less the original’s", "95 % interval, paired"]
+    head = ["row", "perplexity", "95 % interval", "NLL minus the original’s", "95 % interval, paired"]
     head += ["multiple choice"] if result["choices"] is not None else []
     head += ["needle written", "needle ranked first"] if result["needle"] is not None else []
     caption = (
@@ -170,49 +170,54 @@ def _choices(result: dict[str, Any]) -> str:
     choices = result["choices"]
     if choices is None:
         return ""
-    rows = []
-    for name in result["rows"]:
-        line = [name]
-        for kind in ("raw", "normalised"):
+    tables = []
+    for kind, how in (("normalised", "by log-likelihood per byte"), ("raw", "by log-likelihood")):
+        rows = []
+        for name in result["rows"]:
             score = choices["rows"][name][kind]
-            line += [percent(score["accuracy"]), _percents(score["ci95"])]
+            line = [name, percent(score["accuracy"]), _percents(score["ci95"])]
             for kept in (score["retention"], score["retention_over_chance"]):
-                line.append("–" if kept["value"] is None else f"{percent(kept['value'])} ({_percents(kept['ci95'])})")
-        rows.append(line)
-    columns = ["accuracy", "95 % interval", "kept", "kept above guessing"]
-    head = ["row", *(f"{kind}: {column}" for kind in ("raw", "normalised") for column in columns)]
-    caption = f"Multiple choice, {choices['n_items']} questions; guessing gives {percent(choices['chance'])}"
+                # What the original keeps of itself says nothing.
+                line += ["–", "–"] if name == BASELINE else [_percents(kept["value"]), _percents(kept["ci95"])]
+            rows.append(line)
+        head = ["row", "accuracy", "95 % interval", "kept", "95 % interval", "kept above guessing", "95 % interval"]
+        tables.append(page.table(f"Choice {how} ({kind})", head, rows, strong=STUDENT))
     return page.section(
         "Multiple choice",
-        page.table(caption, head, rows, strong=STUDENT),
+        page.paragraph(f"{choices['n_items']} questions; guessing gives {percent(choices['chance'])}."),
+        *tables,
         page.paragraph(
-            "Raw takes the choice with the highest log-likelihood, normalised that per byte. Kept is the row’s "
-            "accuracy over the original’s; above guessing, after taking away from both what guessing gives.",
+            "Kept is the row’s accuracy over the original’s; above guessing, after taking away from both what guessing "
+            "gives. A dash in any other row: the original is not clearly above guessing.",
             "small",
         ),
     )
 
 
-def _percents(ends: list[float] | None) -> str:
-    return "–" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
+def _percents(value: float | list[float] | None) -> str:
+    if value is None:
+        return "–"
+    return " to ".join(map(percent, value)) if isinstance(value, list) else percent(value)
 
 
 def _needle(result: dict[str, Any]) -> str:
     needle = result["needle"]
     if needle is None:
         return ""
-    rows = []
-    for name in result["rows"]:
-        cells = needle["rows"][name]["cells"]
-        rows.append([name, *(f"{percent(cell['greedy'])} · {percent(cell['first'])}" for cell in cells)])
     cells = next(iter(needle["rows"].values()))["cells"]
-    head = ["row", *(f"{cell['length']} at {percent(cell['depth'])}" for cell in cells)]
-    trials = sorted({cell["trials"] for cell in cells})
-    prompts = " or ".join(map(str, trials))
-    caption = f"Needle by length and depth of the text, prompts a cell: {prompts}; written · ranked first"
+    head = ["row", "all", *(f"{cell['length']} at {percent(cell['depth'])}" for cell in cells)]
+    prompts = " or ".join(str(n) for n in sorted({cell["trials"] for cell in cells}))
+    tables = []
+    for score, title in (("greedy", "Written"), ("first", "Ranked first")):
+        rows = []
+        for name in result["rows"]:
+            row = needle["rows"][name]
+            rows.append([name, *(percent(part[score]) for part in (row, *row["cells"]))])
+        caption = f"{title}, by length of the text in tokens and depth; prompts a cell: {prompts}"
+        tables.append(page.table(caption, head, rows, strong=STUDENT))
     return page.section(
         "Needle in a haystack",
-        page.table(caption, head, rows, strong=STUDENT),
+        *tables,
         page.paragraph(
             "A sentence with a 5-digit number hides in held-out text. Written: greedy decoding repeats it exactly. "
             f"Ranked first: it is likelier than {needle['candidates'] - 1} other numbers; guessing gives "
@@ -254,7 +259,7 @@ def _speed(result: dict[str, Any], drawn: bool) -> str:
     head += ["original’s time over the row’s", "prefill ms", "range", "cache", "softmax", "window", "state", "repeats"]
     caption = (
         f"Decoding {result['decode_tokens']} tokens a repeat, batch {result['batch']}, on {result['device']}, "
-        f"{result['threads']} CPU threads, {', '.join(sorted(set(result['dtypes'].values())))}"
+        f"CPU threads: {result['threads']}, {', '.join(sorted(set(result['dtypes'].values())))}"
     )
     figures = (
         _figures(
@@ -289,7 +294,7 @@ def _training(log: list[dict[str, Any]], drawn: bool) -> str:
             [
                 stage,
                 str(last.get("step", "–")),
-                str(last["tokens"]),
+                f"{last['tokens']:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
                 number(first["loss"]),
                 number(last["loss"]),
                 number(median(speeds)) if speeds else "–",

@@ -239,7 +239,7 @@ def _needle(needle: dict[str, Any]) -> Sentence:
     others = [name for name in (WINDOW_SINKS, STATE_OFF) if name in rows]
     if others:
         text += ", " + " and ".join(f"{found(name, 'first')} ({name})" for name in others)
-    guesses = number(trials * needle["chance_first"])
+    guesses = f"{trials * needle['chance_first']:.2g}"
     text += f"; guessing would rank about {guesses} first."
     # Counts this small carry no interval; only the plain cases get a tone.
     if found(BASELINE, "first") <= 2 * trials * needle["chance_first"]:
