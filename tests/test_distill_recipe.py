@@ -239,28 +239,25 @@ def test_name_defaults_to_the_file(tmp_path):
     assert load_recipe(tmp_path / "nightly.yaml").name == "nightly"
 
 
-# The modules that read each record. While one of them is not there, nothing can be said about the record's fields.
-READERS = {
-    "Budget": ["distill/train.py"],
-    "Source": ["distill/data.py"],
-    "DataOptions": ["distill/data.py"],
-    "TransferOptions": ["distill/train.py"],
-    "DistillOptions": ["distill/train.py"],
-    "EvaluateOptions": ["benchmarks/evaluate.py", "distill/train.py", "linearize/job.py"],
-    "BenchOptions": ["benchmarks/decode.py", "distill/train.py", "linearize/job.py"],
-    "Recipe": ["distill/train.py", "linearize/job.py"],
+# Fields whose reader is being written. A field that is read may not stand here, so the list can only shrink.
+PENDING = {
+    "BenchOptions.repeats",
+    "DistillOptions.ce_weight",
+    "DistillOptions.kl_weight",
+    "DistillOptions.lora_alpha",
+    "DistillOptions.lora_rank",
+    "DistillOptions.lora_targets",
+    "DistillOptions.temperature",
+    "DistillOptions.top_k",
+    "DistillOptions.train",
+    "EvaluateOptions.control",
+    "Recipe.gradient_accumulation",
+    "Recipe.seed",
+    "Recipe.stages",
 }
 
 
-def test_every_record_has_a_reader():
-    records = set(option_records.__all__) | {"Recipe"}
-    assert set(READERS) == records
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_every_field_is_read(name):
-    if not all((ROOT / module).exists() for module in READERS[name]):
-        pytest.skip(f"{name} is read by {' and '.join(READERS[name])}, not all of which exist yet")
+def test_every_field_is_read():
     defining = {"options.py", "recipe.py", "records.py"}
     code = "".join(
         path.read_text(encoding="utf-8")
@@ -268,7 +265,12 @@ def test_every_field_is_read(name):
         for path in (ROOT / folder).rglob("*.py")
         if not (folder == "distill" and path.name in defining)
     )
-    record = Recipe if name == "Recipe" else getattr(option_records, name)
-    names = [spec.name for spec in dataclasses.fields(record)]
-    unread = [field for field in names if not re.search(rf"\.{field}\b(?!\s*\()", code)]
-    assert not unread, f"{name}: no code reads {unread}"
+    records = [Recipe, *(getattr(option_records, name) for name in option_records.__all__)]
+    unread = {
+        f"{record.__name__}.{spec.name}"
+        for record in records
+        for spec in dataclasses.fields(record)
+        if not re.search(rf"\.{spec.name}\b(?!\s*\()", code)
+    }
+    assert not unread - PENDING, "no code reads these: make it, or remove the fields"
+    assert not PENDING - unread, "these are read by now: take them off PENDING"
