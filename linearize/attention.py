@@ -82,8 +82,17 @@ class ConvertedAttention(nn.Module):
 
     @property
     def original(self) -> nn.Module:
-        """The attention module that this one replaced."""
-        return self._original[0]
+        """The attention module that this one replaced, with the submodules that this one has now: an adapter that
+        has wrapped a projection since then counts in both."""
+        original = self._original[0]
+        for name in original._modules:
+            original._modules[name] = self._modules[name]
+        return original
+
+    def train(self, mode: bool = True) -> "ConvertedAttention":
+        """As for any module; the original, which is no submodule, follows: its attention may have dropout."""
+        self.original.training = mode
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
         """The untrained start: the mixer's own, and a mix of 0."""
