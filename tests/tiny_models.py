@@ -31,8 +31,8 @@ def make_config(family: str, **changes: Any) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
-        # Ten times the usual: with small weights attention is uniform, and a wrong mask or scale would not show.
-        "initializer_range": 0.2,
+        # Many times the usual: with small weights attention is uniform, and a wrong mask or scale would not show.
+        "initializer_range": 0.13,
     }
     return AutoConfig.for_model(family, **(values | _OWN[family] | changes))
 
@@ -70,3 +70,28 @@ def randomize_far(model: Any, seed: int = 1) -> Any:
 def make_tokens(batch: int, length: int, seed: int = 2) -> torch.Tensor:
     """(batch, length) random token ids; never the padding token 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+FAR = ("none", "normalizer", "gate")
+
+
+def make_student(family: str, far: str, dtype: torch.dtype = torch.float32, changes: Any = None, **options: Any) -> Any:
+    """A tiny model converted with mixer "none", or hedgehog under the mix `far`, and random far weights.
+
+    `options` go to `LinearizeConfig` (window 4 and 2 sinks unless named), `changes` to the model's config.
+    """
+    from linearize import LinearizeConfig, convert
+
+    named = {"mixer": "none"} if far == "none" else {"mixer": "hedgehog", "mix": far}
+    config = LinearizeConfig(**({"window": 4, "sinks": 2} | named | options))
+    return randomize_far(convert(make_model(family, dtype, **(changes or {})), config))
+
+
+def pad(tokens: torch.Tensor, amounts: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, mask): row i of `tokens` without its last amounts[i] tokens, as many padding tokens at `side`."""
+    length = tokens.shape[1]
+    rows, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for i, amount in enumerate(amounts):
+        place = slice(amount, length) if side == "left" else slice(0, length - amount)
+        rows[i, place], mask[i, place] = tokens[i, : length - amount], 1
+    return rows, mask
