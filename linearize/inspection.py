@@ -52,11 +52,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The plan of a whole model. Bytes are for one sequence in `dtype`; `contexts` are in tokens."""
+    """The plan of a whole model. Bytes are for one sequence in `dtype`; `contexts` are in tokens.
+
+    `positions` is the longest context that the model was made for, in tokens; None where its configuration says none.
+    """
 
     model: str
     family: str
     dtype: str
+    positions: int | None
     contexts: tuple[int, ...]
     layers: tuple[LayerReport, ...]
 
@@ -125,7 +129,8 @@ def inspect_config(
                 break_even=fixed // token_bytes + 1 if plan.converted else None,
             )
         )
-    return Inspection(name, model_config.model_type, dtype, tuple(contexts), tuple(layers))
+    positions = getattr(model_config, "max_position_embeddings", None)
+    return Inspection(name, model_config.model_type, dtype, positions, tuple(contexts), tuple(layers))
 
 
 def layer_bytes(config: LinearizeConfig, kv_heads: int, head_dim: int, value_dim: int, dtype: str) -> int:

@@ -152,6 +152,8 @@ def recorded_conversion(name: str | Path) -> LinearizeConfig | None:
     source = resolve(name)
     if source.kind == "adapter":
         return LinearizeConfig.from_dict(_read_json(Path(source.location) / ADAPTER_FILE)["conversion"])
+    if source.kind == "original":
+        return None
     values = getattr(load_config(name), "linearize", None)
     return None if values is None else LinearizeConfig.from_dict(values)
 
@@ -195,7 +197,9 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         if source.kind == "hub":
-            way_out = "check the name, or download the model and give its folder"
+            way_out = (
+                "there is no folder of that name either; check the name, or download the model and give its folder"
+            )
         else:
             way_out = "check that the folder is complete and that transformers supports the architecture"
         reason = _one_line(error)
@@ -203,8 +207,9 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    """An exception's first sentence or so: transformers' messages run over many lines."""
+    """An exception's first sentence: transformers' messages run over many lines."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.partition(". ")[0].removesuffix(".")
     return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -237,7 +237,7 @@ class TestLoad:
             load_model(tmp_path)
 
     def test_a_hub_name_that_is_not_there(self):
-        with pytest.raises(LinearizeError, match="check the name, or download the model and give its folder") as error:
+        with pytest.raises(LinearizeError, match="there is no folder of that name either; check the name") as error:
             load_config("no-such-owner/no-such-model")
         assert "\n" not in str(error.value)
 

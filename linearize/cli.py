@@ -1,0 +1,301 @@
+"""The command line, `linearize --help`: each command reads its options and hands over to the library.
+
+Nothing heavy is imported here: torch and transformers load inside the commands that need them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from linearize._version import __version__
+from linearize.config import MIXERS, MIXES, LinearizeConfig
+from linearize.console import OneLineErrors, note, parse_tokens
+from linearize.errors import LinearizeError
+
+__all__ = ["app", "main"]
+
+DEFAULT = LinearizeConfig()
+
+app = typer.Typer(
+    name="linearize",
+    cls=OneLineErrors,
+    help="Give a pretrained language model attention with a fixed-size memory, and measure what that kept and gained.",
+    epilog="Start with: linearize inspect MODEL, then linearize run demo --out runs/demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against the original.")
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """The `linearize` command."""
+    app(prog_name="linearize")
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a hub name, path/to/file.gguf or package://package/file.gguf; a student's folder too.",
+    ),
+]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a preset: demo, default, ...")]
+Mixer = Annotated[str, typer.Option(help=f"What becomes of tokens that leave the window: {', '.join(MIXERS)}.")]
+Window = Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")]
+Sinks = Annotated[int, typer.Option(help="How many of the first tokens stay exact.")]
+Mix = Annotated[str, typer.Option(help=f"How near and far are weighed: {', '.join(MIXES)}.")]
+SoftmaxLayers = Annotated[str, typer.Option(help="Layers left as they are: none, every:4, or indices as in 0,5,29.")]
+FeatureDim = Annotated[int | None, typer.Option(help="Half the rows of the state; the model's head_dim if left out.")]
+Base = Annotated[str | None, typer.Option(help="The original below a student; the one it recorded if left out.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto times both on this machine.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe; can be given many times."),
+]
+Teacher = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The original, instead of the recipe's.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="runs/NAME-OF-RECIPE if left out.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"linearize {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+) -> None:
+    """Options before the command. `OneLineErrors` itself takes --debug off the command line."""
+
+
+@app.command()
+def inspect(
+    model: Model,
+    mixer: Mixer = DEFAULT.mixer,
+    window: Window = DEFAULT.window,
+    sinks: Sinks = DEFAULT.sinks,
+    mix: Mix = DEFAULT.mix,
+    softmax_layers: SoftmaxLayers = "none",
+    feature_dim: FeatureDim = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens; 1k = 1024.")] = "1k,8k,32k,128k",
+    dtype: Annotated[str, typer.Option(help="Of cached keys and values: float32, bfloat16, float16.")] = "bfloat16",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show layer by layer what conversion would do, and the bytes it would save. Reads no weights.
+
+    Example: linearize inspect path/to/model --window 64 --softmax-layers every:4 --contexts 1k,32k
+    """
+    config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
+    lengths = parse_tokens(contexts, "contexts")
+    _quiet()
+    from linearize.inspection import inspect_config
+    from linearize.models import load_config, recorded_conversion
+    from linearize.tables import print_inspection, print_json
+
+    recorded = recorded_conversion(model)
+    if recorded is not None:
+        if config not in (DEFAULT, recorded):
+            raise LinearizeError(f"model: {model!r} is converted already; leave the options of a conversion out")
+        note("This is a student: the plan is the one that it was made by.")
+        config = recorded
+    plan = inspect_config(load_config(model), config, lengths, dtype, name=model)
+    if json:
+        print_json(plan.to_dict())
+    else:
+        print_inspection(plan)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the converted model.")],
+    mixer: Mixer = DEFAULT.mixer,
+    window: Window = DEFAULT.window,
+    sinks: Sinks = DEFAULT.sinks,
+    mix: Mix = DEFAULT.mix,
+    softmax_layers: SoftmaxLayers = "none",
+    feature_dim: FeatureDim = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Save only what conversion adds, not the base.")] = False,
+) -> None:
+    """Convert a model and save it, untrained.
+
+    Example: linearize convert path/to/model converted --window 64 --sinks 4
+    """
+    config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise LinearizeError(f"out: {str(out)!r} already holds something; give a new folder")
+    _quiet()
+    from linearize.tasks import convert_and_save
+
+    plan = convert_and_save(model, config, out, adapter)
+    print(f"{plan.converted} of {len(plan.layers)} layers converted, untrained; saved in {out}")
+    if config.mixer != "none":
+        note("The state is untrained, so quality is poor. This converts the original again and teaches the student:")
+        note(f"  linearize distill default --model {model} --set 'data.sources.0.path=texts/*.txt'")
+
+
+@app.command()
+def distill(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
+    """Convert a model and teach it; the student is saved in OUT/student. Goes on where an interrupted run ended.
+
+    Example: linearize distill default --model path/to/model --set 'data.sources.0.path=texts/*.txt' --out runs/mine
+    """
+    _job(recipe, model, out, set_, parts=("student",))
+
+
+@app.command()
+def run(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
+    """The whole job of one recipe: convert, teach, evaluate, bench, report. Goes on where an interrupted run ended.
+
+    Example: linearize run demo --out runs/demo --set stages.0.transfer.budget.minutes=1
+    """
+    from linearize.job import PARTS
+
+    _job(recipe, model, out, set_, parts=PARTS)
+
+
+def _job(name: str, model: str | None, out: Path | None, settings: list[str] | None, parts: tuple[str, ...]) -> None:
+    from linearize.distill.recipe import load_recipe
+
+    recipe = load_recipe(name, [*([] if model is None else [f"model={model}"]), *(settings or [])])
+    _quiet()
+    from linearize.job import Job
+
+    folder = out or Path("runs") / recipe.name
+    for path in Job(recipe, folder).run(parts):
+        print(path)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    base: Base = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; Python's own documentation if left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of it are read.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    choices: Annotated[Path | None, typer.Option(help="Multiple choice: jsonl of query, choices, gold.")] = None,
+    choices_limit: Annotated[int, typer.Option(help="How many of the items are read.")] = 100,
+    needle: Annotated[str, typer.Option(help="Haystack lengths in tokens, or none.")] = "256,512,1024",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the JSON goes.")] = Path("evaluate.json"),
+    dtype: DType = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure quality: the original, window + sinks, the student, the student with its state or window off.
+
+    Example: linearize evaluate runs/demo/student --text held_out.txt --out runs/demo/evaluate.json
+    """
+    from linearize.distill.options import EvaluateOptions
+
+    options = EvaluateOptions(
+        text=None if text is None else str(text),
+        tokens=tokens,
+        seq_len=seq_len,
+        choices=None if choices is None else str(choices),
+        choices_limit=choices_limit,
+        needle_lengths=() if needle == "none" else parse_tokens(needle, "needle"),
+    )
+    _quiet()
+    from linearize.tables import print_evaluation
+    from linearize.tasks import evaluate_model
+
+    print_evaluation(evaluate_model(model, base, options, out, dtype, device, seed))
+    note(f"written: {out}")
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: Model,
+    base: Base = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens; 1k = 1024.")] = "1k,4k,8k",
+    decode_tokens: Annotated[int, typer.Option(help="Timed steps a repeat.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats, of which the median is shown.")] = 5,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Stop in time, and leave out contexts that do not fit.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the JSON goes.")] = Path("bench.json"),
+    dtype: DType = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure milliseconds per token, prefill and cache by context, against the original under its better cache.
+
+    Example: linearize bench decode runs/demo/student --contexts 1k,8k,32k --repeats 5
+    """
+    lengths = parse_tokens(contexts, "contexts")
+    _quiet()
+    from linearize.tables import print_bench
+    from linearize.tasks import bench_model
+
+    options = {"contexts": lengths, "decode_tokens": decode_tokens, "repeats": repeats, "batch": batch}
+    print_bench(bench_model(model, base, options | {"max_minutes": minutes}, out, dtype, device, seed))
+    note(f"written: {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder: evaluate.json, bench.json, ...")],
+) -> None:
+    """Write report.html, one file without dependencies, from what a folder holds.
+
+    Example: linearize report runs/demo
+    """
+    from linearize.benchmarks.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    base: Base = None,
+    dtype: DType = "auto",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Let a model write; the text streams to standard output.
+
+    Example: linearize generate runs/demo/student --chat --prompt "Why is the sky blue?"
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise LinearizeError("prompt: it is empty; give the text to continue")
+    _quiet()
+    from linearize.tasks import write_answer
+
+    write_answer(model, base, text, chat, max_new_tokens, temperature, dtype, device, seed)
+
+
+def _config(
+    mixer: str, window: int, sinks: int, mix: str, softmax_layers: str, feature_dim: int | None
+) -> LinearizeConfig:
+    layers: Any = softmax_layers
+    parts = [part.strip() for part in softmax_layers.split(",")]
+    if all(part.removeprefix("-").isdecimal() for part in parts):
+        layers = [int(part) for part in parts]
+    return LinearizeConfig(mixer, window, sinks, mix, layers, feature_dim)
+
+
+def _quiet() -> None:
+    """Other libraries' notes are not for our users' eyes; their progress bars stay where somebody watches."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

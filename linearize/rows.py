@@ -1,0 +1,93 @@
+"""The rows of a comparison: the student and what it must be compared with, as switches on one set of weights.
+
+    original          the teacher
+    control           the teacher after the same end-to-end training as the student
+    window + sinks    the original's weights with the near side only: what conversion costs before any state
+    student           the trained student
+    student, state off, student, window off      which side carries it
+
+A row is a function without arguments that returns a context manager, which yields the model set up as that row.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from linearize.config import LinearizeConfig
+from linearize.convert import (
+    base_model,
+    convert,
+    converted_layers,
+    is_converted,
+    original_attention,
+    state_off,
+    window_off,
+)
+
+__all__ = ["CONTROL", "Rows", "comparison_rows", "speed_rows"]
+
+Rows = dict[str, Callable[[], AbstractContextManager[Any]]]
+CONTROL = "control"
+
+
+def comparison_rows(model: Any, base: Any = None) -> Rows:
+    """Rows for quality, as far as the model allows.
+
+    Args:
+        model: an original, which gets the rows `original` and `window + sinks` and is converted for that; a student
+            whose own weights are the original's (its LoRA unmerged); or any student, with `base`. A PeftModel with
+            an adapter named `control` gets that row too.
+        base: the original, for a student whose weights training changed or merged; converted here for its rows.
+    """
+    if not is_converted(model):
+        convert(model, LinearizeConfig(mixer="none"))
+        return {"original": lambda: original_attention(model), "window + sinks": lambda: state_off(model)}
+    source = model
+    if base is not None:
+        config = LinearizeConfig.from_dict(base_model(model).config.linearize)
+        source = convert(base, replace(config, mixer="none"))
+    rows: Rows = {"original": lambda: _untrained(source, original_attention)}
+    if CONTROL in getattr(model, "peft_config", {}):
+        rows[CONTROL] = lambda: _control(model)
+    rows["window + sinks"] = lambda: _untrained(source, state_off)
+    rows["student"] = lambda: nullcontext(model)
+    if _has_state(model):
+        rows["student, state off"] = lambda: state_off(model)
+        rows["student, window off"] = lambda: window_off(model)
+    return rows
+
+
+def speed_rows(model: Any) -> Rows:
+    """Rows for speed: the same weights under the original attention, which take as long as the original's own.
+
+    LoRA must be merged: its extra products would be charged to both rows.
+    """
+    if not is_converted(model):
+        convert(model, LinearizeConfig(mixer="none"))
+        return {"original": lambda: original_attention(model), "window + sinks": lambda: nullcontext(model)}
+    return {"original": lambda: original_attention(model), "student": lambda: nullcontext(model)}
+
+
+def _has_state(model: Any) -> bool:
+    return any(layer.mixer is not None for layer in converted_layers(model).values())
+
+
+@contextmanager
+def _untrained(model: Any, switch: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+    """The model under a switch, without what LoRA learned."""
+    disabled = model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
+    with disabled, switch(model):
+        yield model
+
+
+@contextmanager
+def _control(model: Any) -> Iterator[Any]:
+    """The original attention with the control's LoRA instead of the student's."""
+    before = model.active_adapter
+    model.set_adapter(CONTROL)
+    try:
+        with original_attention(model):
+            yield model
+    finally:
+        model.set_adapter(before)

@@ -1,0 +1,347 @@
+"""The command line: help, results, and the one line that a user sees after each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import linearize
+from linearize.cli import app
+from linearize.console import human_bytes, human_tokens, parse_tokens
+from linearize.convert import converted_layers
+from linearize.errors import LinearizeError
+from linearize.models import load_model
+from tests.saved_models import save_tiny_model
+
+COMMANDS = (
+    ["inspect"],
+    ["convert"],
+    ["distill"],
+    ["run"],
+    ["evaluate"],
+    ["bench", "decode"],
+    ["report"],
+    ["generate"],
+)
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "In a small house near the far hill they keep what they saw and forget the rest. " * 40
+
+
+def call(*words: object, **options) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def error_line(result: Result, status: int = 2) -> str:
+    """The one line on stderr that a failed command leaves; nothing on stdout."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("dtype: ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+def process(*words: object, code: str | None = None) -> subprocess.CompletedProcess:
+    arguments = ["-c", code] if code else ["-m", "linearize", *map(str, words)]
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("cli") / "original", chat=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "held_out.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("students") / "adapter"
+    assert call("convert", model, out, "--window", "8", "--adapter").exit_code == 0
+    return out
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+    def test_every_command_has_help_with_an_example(self, command: list[str]):
+        result = call(*command, "--help")
+        assert result.exit_code == 0
+        assert f"Example: linearize {' '.join(command)}" in " ".join(result.stdout.split())
+
+    def test_all_commands_are_tested(self):
+        names = {command.callback.__name__ for command in app.registered_commands}
+        assert names == {command[0] for command in COMMANDS} - {"bench"}
+
+    @pytest.mark.parametrize("words", [[], ["bench"]], ids=str)
+    def test_a_group_alone_prints_its_help(self, words: list[str]):
+        result = call(*words)
+        assert result.exit_code == 2
+        assert f"Usage: linearize {' '.join(words)}" in result.stdout
+        assert result.stderr == ""
+
+    def test_version(self):
+        result = call("--version")
+        assert (result.exit_code, result.stdout) == (0, f"linearize {linearize.__version__}\n")
+
+    def test_nothing_heavy_is_imported(self):
+        code = (
+            "import sys; from linearize.cli import app\n"
+            "try: app(['inspect', '--help'])\n"
+            "except SystemExit: pass\n"
+            "heavy = ('torch', 'transformers', 'peft', 'accelerate', 'fla', 'triton', 'datasets', 'numpy')\n"
+            "print('heavy:', [name for name in heavy if name in sys.modules])"
+        )
+        assert process(code=code).stdout.splitlines()[-1] == "heavy: []"
+
+    def test_as_a_module(self):
+        assert process("--version").stdout == f"linearize {linearize.__version__}\n"
+
+
+class TestInspect:
+    def test_table(self, model: Path):
+        result = call("inspect", model, "--contexts", "1k,8192", "--softmax-layers", "0", "--dtype", "float32")
+        assert result.exit_code == 0
+        lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+        # A token: 2 x 2 key-value heads x head_dim 16 x 4 bytes. Converted: 132 tokens and 2 x 32 x 17 x 4 bytes.
+        assert "0 softmax as it is 2 16 256 KiB 2.0 MiB as before -" in lines
+        assert "1 softmax window 64 + sinks 4 + hedgehog (normalizer) 2 16 256 KiB 2.0 MiB 37.2 KiB 150" in lines
+        assert "1 of 2 layers would be converted" in result.stdout
+        assert "  at 8k tokens  4.0 MiB -> 2.0 MiB, 1.96 times smaller" in result.stdout
+
+    def test_contexts_beyond_the_model_are_marked(self, model: Path):
+        assert "The model was made for 16384 tokens" in call("inspect", model, "--contexts", "32k").stdout
+        assert "The model was made for" not in call("inspect", model, "--contexts", "16k").stdout
+
+    def test_json(self, model: Path):
+        result = call("inspect", model, "--json", "--mixer", "none", "--contexts", "1m")
+        plan = json.loads(result.stdout)
+        assert plan["contexts"] == [1024**2]
+        assert plan["new_bytes"] == [2 * (2 * 64 + 4) * 2 * 2 * 16 * 2]
+
+    def test_reads_no_weights(self, model: Path, tmp_path: Path):
+        (tmp_path / "config.json").write_text((model / "config.json").read_text())
+        assert call("inspect", tmp_path).exit_code == 0
+
+    def test_student(self, adapter: Path):
+        result = call("inspect", adapter)
+        assert "window 8 + sinks 4" in result.stdout
+        assert "This is a student" in result.stderr
+        assert "is converted already; leave the options" in error_line(call("inspect", adapter, "--window", "9"))
+
+
+class TestConvert:
+    def test_whole_student(self, model: Path, tmp_path: Path):
+        result = call("convert", model, tmp_path / "new", "--window", "8", "--softmax-layers", "every:2")
+        assert result.exit_code == 0
+        assert result.stdout == f"1 of 2 layers converted, untrained; saved in {tmp_path / 'new'}\n"
+        assert f"linearize distill default --model {model}" in result.stderr
+        student, tokenizer = load_model(tmp_path / "new", "float32", "cpu")
+        assert list(converted_layers(student)) == [0]
+        assert tokenizer.chat_template
+
+    def test_adapter_is_small_and_finds_its_base(self, adapter: Path, model: Path):
+        assert not (adapter / "config.json").exists()
+        description = json.loads((adapter / "linearize.json").read_text())
+        assert description["base"] == str(model)
+        assert description["conversion"]["window"] == 8
+        assert load_model(adapter, "float32", "cpu")[1].chat_template
+
+
+class TestEvaluate:
+    ARGUMENTS = ("--tokens", "256", "--seq-len", "64", "--needle", "128", "--dtype", "float32")
+
+    def evaluate(self, model: Path, text: Path, out: Path, *more: object) -> dict:
+        result = call("evaluate", model, "--text", text, "--out", out, *self.ARGUMENTS, *more)
+        assert result.exit_code == 0, result.output
+        found = json.loads(out.read_text())
+        for row in found["rows"]:
+            assert f"{found['perplexity']['rows'][row]['ppl']:.2f}" in result.stdout
+        return found
+
+    def test_original(self, model: Path, text: Path, tmp_path: Path):
+        found = self.evaluate(model, text, tmp_path / "e.json")
+        assert found["rows"] == ["original", "window + sinks"]
+
+    def test_adapter_is_compared_on_one_set_of_weights(self, adapter: Path, text: Path, tmp_path: Path):
+        found = self.evaluate(adapter, text, tmp_path / "e.json", "--needle", "none")
+        names = ["original", "window + sinks", "student", "student, state off", "student, window off"]
+        assert found["rows"] == names
+        assert found["needle"] is None
+        ppl = {name: row["ppl"] for name, row in found["perplexity"]["rows"].items()}
+        assert ppl["student, state off"] == ppl["window + sinks"]  # untrained: the near side is the original's
+        assert len({ppl[name] for name in names}) == 4
+
+    def test_whole_student_needs_its_base(self, model: Path, text: Path, tmp_path: Path):
+        assert call("convert", model, tmp_path / "whole", "--window", "8").exit_code == 0
+        message = error_line(call("evaluate", tmp_path / "whole", "--text", text))
+        assert message.endswith("is a whole student, compared with its original; name that with --base")
+        found = self.evaluate(tmp_path / "whole", text, tmp_path / "e.json", "--base", model)
+        alone = self.evaluate(model, text, tmp_path / "o.json")
+        assert len(found["rows"]) == 5
+        assert found["perplexity"]["rows"]["original"] == alone["perplexity"]["rows"]["original"]
+
+    def test_choices_and_default_text(self, model: Path, tmp_path: Path):
+        items = tmp_path / "items.jsonl"
+        items.write_text('{"query": "a b", "choices": [" c", " d"], "gold": 0}\n' * 4)
+        out = tmp_path / "e.json"
+        result = call("evaluate", model, "--choices", items, "--out", out, *self.ARGUMENTS)
+        assert result.exit_code == 0, result.output
+        assert json.loads(out.read_text())["choices"]["n_items"] == 4
+
+
+class TestBench:
+    def test_decode(self, adapter: Path, tmp_path: Path):
+        out = tmp_path / "b.json"
+        words = ("--contexts", "32,64", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--out", out)
+        result = call("bench", "decode", adapter, *words)
+        assert result.exit_code == 0, result.output
+        found = json.loads(out.read_text())
+        assert (found["rows"], found["contexts"]) == (["original", "student"], [32, 64])
+        cells = {(cell["row"], cell["context"]): cell["cache_bytes"] for cell in found["cells"]}
+        assert cells["student", 32] == cells["student", 64]
+        assert cells["student", 32]["state"] > 0 == cells["original", 32]["state"]
+        assert "student: " in result.stdout
+
+
+class TestGenerate:
+    WORDS = ("--max-new-tokens", "5", "--dtype", "float32")
+
+    def test_streams_the_answer_and_nothing_else(self, model: Path, adapter: Path):
+        for name in (model, adapter):
+            result = call("generate", name, "--prompt", "they keep", *self.WORDS)
+            assert result.exit_code == 0, result.output
+            loaded, tokenizer = load_model(name, "float32", "cpu")
+            ids = tokenizer("they keep", return_tensors="pt").input_ids
+            with torch.no_grad():
+                answer = loaded.generate(ids, do_sample=False, max_new_tokens=5)[0, ids.shape[1] :]
+            assert result.stdout.rstrip("\n") == tokenizer.decode(answer, skip_special_tokens=True).rstrip("\n")
+
+    def test_sampling_follows_the_seed(self, model: Path):
+        words = ("generate", model, "--prompt", "a", "--temperature", "2", "--max-new-tokens", "12")
+        first, again, other = (call(*words, "--seed", seed).stdout for seed in (1, 1, 2))
+        assert first == again != other
+
+    def test_chat_and_standard_input(self, model: Path):
+        result = call("generate", model, "--chat", "--prompt", "-", *self.WORDS, input="hello")
+        assert result.exit_code == 0, result.output
+        assert result.stdout
+
+    def test_chat_without_a_template(self, text: Path, tmp_path: Path):
+        save_tiny_model(tmp_path)
+        message = error_line(call("generate", tmp_path, "--chat", "--prompt", "a"))
+        assert message.endswith("has no chat template; leave --chat out, or use an instruct model")
+
+
+class TestBadInputs:
+    """Each with the message that the user sees."""
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["inspect"], "Missing argument 'MODEL' (see 'linearize inspect --help')"),
+            (["inspekt", "x"], "No such command 'inspekt'"),
+            (["inspect", "MODEL", "--windw", "3"], "No such option: --windw"),
+            (["inspect", "./nowhere"], "model: no folder './nowhere', and it is not a hub name (owner/model)"),
+            (["inspect", "nowhere.gguf"], "model: no file 'nowhere.gguf'; give the path of an existing .gguf file"),
+            (["inspect", "EMPTY"], "has neither a config.json (a model) nor a linearize.json (a student)"),
+            (["inspect", "GPT2"], "model_type 'gpt2' is not among the known families (llama, mistral, qwen2, qwen3)"),
+            (["inspect", "MODEL", "--softmax-layers", "evry:4"], "softmax_layers: 'evry:4' is not understood; use"),
+            (["inspect", "MODEL", "--softmax-layers", "0,9"], "layer 9 is out of range, the model has layers 0 to 1"),
+            (["inspect", "MODEL", "--softmax-layers", "-1"], "layer -1 is out of range, the model has layers 0 to 1"),
+            (["inspect", "MODEL", "--softmax-layers", "0,1"], "leaves none of the 2 layers to convert"),
+            (["inspect", "MODEL", "--mixer", "none", "--window", "0"], "window: 0 is not an integer >= 1"),
+            (["inspect", "MODEL", "--window", "many"], "Invalid value for '--window'"),
+            (["inspect", "MODEL", "--window", "99999"], "window: 99999 exceeds the model's 16384 positions"),
+            (["inspect", "MODEL", "--sinks", "-1"], "sinks: -1 is not an integer >= 0"),
+            (["inspect", "MODEL", "--mixer", "hegdehog"], "mixer: 'hegdehog' is unknown; did you mean 'hedgehog'?"),
+            (["inspect", "MODEL", "--mix", "sum"], "mix: 'sum' is unknown; known: normalizer, gate"),
+            (["inspect", "MODEL", "--contexts", "1k,zero"], "contexts: 'zero' is not a number of tokens >= 1"),
+            (["inspect", "MODEL", "--dtype", "fp8"], "dtype: 'fp8' is not known; use one of float32, bfloat16"),
+            (["convert", "MODEL", "FULL"], "already holds something; give a new folder"),
+            (["convert", "ADAPTER", "NEW"], "is converted already"),
+            (["distill", "MODEL/recipe.yaml"], "no such recipe file; give a YAML file or one of default, demo"),
+            (["distill", "defualt"], "recipe 'defualt': unknown, did you mean 'default'?"),
+            (["run", "demo", "--set", "stages.0.transfer.objectiv=output"], "unknown key, did you mean 'objective'?"),
+            (["run", "demo", "--set", "seed"], "override 'seed': not of the form key=value"),
+            (["run", "default"], "nothing is given; give a model: a local folder, a hub name"),
+            (["evaluate", "MODEL", "--text", "nowhere.txt"], "text: 'nowhere.txt' is not a file; name a UTF-8 text"),
+            (["evaluate", "MODEL", "--choices", "nowhere.jsonl"], "choices: 'nowhere.jsonl' is not a file"),
+            (["evaluate", "MODEL", "--tokens", "10"], "tokens: 10 is less than one sequence of 1024"),
+            (["evaluate", "MODEL", "--needle", "3"], "needle_lengths[0]: 3 is out of range"),
+            (["evaluate", "MODEL", "--base", "MODEL"], "is a complete model and takes no base; leave --base out"),
+            (["evaluate", "MODEL", "--device", "abacus"], "device: 'abacus' is not a device"),
+            (["bench", "decode", "MODEL", "--contexts", ""], "contexts: '' is not a number of tokens >= 1"),
+            (["bench", "decode", "MODEL", "--repeats", "0"], "repeats: 0 measures nothing; use 1 or more"),
+            (["bench", "encode", "MODEL"], "No such command 'encode'"),
+            (["report", "EMPTY"], "no evaluate.json, bench.json or train.jsonl to report on"),
+            (["generate", "MODEL", "--prompt", " "], "prompt: it is empty; give the text to continue"),
+            (["generate", "MODEL", "--prompt", "a", "--dtype", "half"], "dtype: 'half' is not known; use one of auto"),
+            (["generate", "ORPHAN", "--prompt", "a"], "which is not there any more; give the original with --base"),
+        ],
+    )
+    def test_one_line_and_status_2(self, words: list[str], message: str, model: Path, adapter: Path, tmp_path: Path):
+        (tmp_path / "EMPTY").mkdir()
+        (tmp_path / "FULL").mkdir()
+        (tmp_path / "FULL" / "file").touch()
+        (tmp_path / "GPT2").mkdir()
+        (tmp_path / "GPT2" / "config.json").write_text('{"model_type": "gpt2"}')
+        (tmp_path / "ORPHAN").mkdir()
+        description = json.loads((adapter / "linearize.json").read_text()) | {"base": "/gone"}
+        (tmp_path / "ORPHAN" / "linearize.json").write_text(json.dumps(description))
+        places = {"MODEL": model, "ADAPTER": adapter, "MODEL/recipe.yaml": model / "recipe.yaml"}
+        places |= {name: tmp_path / name for name in ("EMPTY", "FULL", "GPT2", "NEW", "ORPHAN")}
+        result = call(*[places.get(word, word) for word in words])
+        assert message in error_line(result)
+        assert not (tmp_path / "NEW").exists()
+
+    def test_debug_adds_the_traceback_anywhere(self):
+        for words in (["--debug", "inspect", "./nowhere"], ["inspect", "./nowhere", "--debug"]):
+            result = call(*words)
+            assert result.exit_code == 2
+            assert "Traceback (most recent call last)" in result.stderr
+            assert result.stderr.splitlines()[-1].startswith("error: model: no folder './nowhere'")
+
+    def test_our_own_mistakes_say_so(self, model: Path, monkeypatch):
+        def broken(*arguments, **options):
+            raise RuntimeError("two\nlines")
+
+        monkeypatch.setattr("linearize.inspection.inspect_config", broken)
+        message = error_line(call("inspect", model), status=1)
+        assert message == "unexpected RuntimeError: two lines; add --debug for the traceback"
+        assert "Traceback" in call("inspect", model, "--debug").stderr
+
+    def test_interrupted(self, model: Path, monkeypatch):
+        def interrupted(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("linearize.inspection.inspect_config", interrupted)
+        result = call("inspect", model)
+        assert result.exit_code == 130
+        assert result.stderr.startswith("interrupted")
+
+    def test_as_a_process(self):
+        done = process("inspect", "./nowhere")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: model: no folder './nowhere'")
+        assert done.stderr.count("\n") == 1
+
+
+class TestNumbers:
+    def test_tokens(self):
+        assert parse_tokens("1k, 8K,100,2m", "x") == (1024, 8192, 100, 2 * 1024**2)
+        assert [human_tokens(n) for n in (1024, 8192, 100, 2 * 1024**2, 1000)] == ["1k", "8k", "100", "2m", "1000"]
+        for wrong in ("", "k", "1.5k", "-1", "1k,,2k", "0"):
+            with pytest.raises(LinearizeError, match=r"^x: .* is not a number of tokens >= 1"):
+                parse_tokens(wrong, "x")
+
+    def test_bytes(self):
+        counts = (0, 999, 1536, 200 * 1024, 5.5 * 1024**3)
+        assert [human_bytes(n) for n in counts] == ["0 B", "999 B", "1.5 KiB", "200 KiB", "5.5 GiB"]
