@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import Memory, Mixer, near_far_step
@@ -41,6 +41,12 @@ class NearFarLayer(CacheLayerMixin):
             raise LinearizeError(
                 f"cache: it holds {self.memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
                 "reorder or repeat the cache first, or start a new one"
+            )
+        held = self.memory.near_k.shape[2] // 2, self.memory.sink_k.shape[2], self.memory.state is not None
+        if held != (options["window"], options["sinks"], mixer is not None):
+            raise LinearizeError(
+                f"cache: it was made with window {held[0]}, {held[1]} sinks and {'a' if held[2] else 'no'} state, "
+                "which are not this model's; start a new cache"
             )
         out, self.memory = near_far_step(q, k, v, self.memory, mixer, mix_logit, **options)
         self.seen += k.shape[2]
@@ -106,7 +112,7 @@ def install_layers(cache: Cache, layers: list[int]) -> None:
     """Give an empty cache its `NearFarLayer`s; a cache that has them is left alone.
 
     Raises:
-        LinearizeError: a cache that already holds another model's tokens.
+        LinearizeError: a cache that already holds another model's tokens, or whose softmax layers are static.
     """
     for index in layers:
         while len(cache.layers) <= index:
@@ -122,6 +128,13 @@ def install_layers(cache: Cache, layers: list[int]) -> None:
                 "original attention; start a new cache for the converted model"
             )
         cache.layers[index] = NearFarLayer()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticLayer):
+            # transformers masks the unwritten slots of a static cache only where all its layers are static.
+            raise LinearizeError(
+                f"cache: layer {index} is a {type(layer).__name__}, which cannot stand beside converted layers; use a "
+                "DynamicCache (the default), or convert every layer"
+            )
 
 
 def new_cache(config: Any, layers: list[int]) -> DynamicCache:
