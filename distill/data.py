@@ -82,6 +82,7 @@ class TokenStream(Iterator[Batch]):
         part: Part,
     ) -> None:
         self._options = options
+        self.seq_len = options.seq_len
         self._part = part
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         if eos is None and options.packing == "packed":

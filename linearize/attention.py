@@ -12,7 +12,7 @@ from linearize.config import LinearizeConfig
 from linearize.families import Family, Geometry
 from linearize.kernels.near_far import MIXERS, near_far_attention
 
-__all__ = ["ConvertedAttention", "Observation", "Switch"]
+__all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,30 @@ class Switch:
     observer: Callable[[Observation], None] | None = None
 
 
+class Mix(nn.Module):
+    """Log-odds of the far side: bias_h + weight_h . q, a linear function of the query for each head.
+
+    The far mass that softmax would give, sum exp(scale q.k), moves by orders of magnitude with q; a constant a head
+    cannot follow it. To second order its logarithm is linear in q plus a quadratic form, for keys of any spread.
+
+    weight: (H, D), bias: (H,), float32; both 0 at the start.
+    """
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+
+    def forward(self, q: Tensor) -> Tensor:
+        """q: (B, H, T, D) -> (B, H, T)."""
+        return (q.to(self.weight.dtype) @ self.weight[..., None]).squeeze(-1) + self.bias[:, None]
+
+
 class ConvertedAttention(nn.Module):
     """Near-and-far attention in the place of a softmax attention.
 
     It adopts the original's submodules under their own names, so checkpoints, device maps and LoRA targets stay what
-    they were, and adds `mixer` and `mix_logit` (H,), in float32. The original module itself is kept unregistered:
+    they were, and adds `mixer` and `mix`, in float32. The original module itself is kept unregistered:
     it shares the weights, runs when the conversion is switched off, and is what `revert` puts back.
     """
 
@@ -73,12 +92,12 @@ class ConvertedAttention(nn.Module):
         self._original = (original,)  # in a tuple, so that it is no submodule
 
         self.mixer = None
-        self.mix_logit = None
+        self.mix = None
         mixer_class = MIXERS[config.mixer]
         if mixer_class is not None:
             with torch.device(original.q_proj.weight.device):
                 self.mixer = mixer_class(geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim)
-                self.mix_logit = nn.Parameter(torch.zeros(geometry.heads, dtype=torch.float32))
+                self.mix = Mix(geometry.heads, geometry.head_dim)
 
     @property
     def original(self) -> nn.Module:
@@ -96,9 +115,10 @@ class ConvertedAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """The untrained start: the mixer's own, and a mix of 0."""
-        if self.mixer is not None:
+        if self.mixer is not None and self.mix is not None:
             self.mixer.reset_parameters()
-            nn.init.zeros_(self.mix_logit)
+            nn.init.zeros_(self.mix.weight)
+            nn.init.zeros_(self.mix.bias)
 
     def forward(
         self,
@@ -134,12 +154,12 @@ class ConvertedAttention(nn.Module):
             "mask": near_far_mask,
         }
         if past_key_values is None:
-            out = near_far_attention(q, k, v, self.mixer, self._mix_logit(), **options)
+            out = near_far_attention(q, k, v, self.mixer, self.mix_logit(q), **options)
         else:
             layer = past_key_values.layers[self.layer_idx]
             if not isinstance(layer, NearFarLayer):
                 raise TypeError(f"layer {self.layer_idx}: the cache holds {type(layer).__name__}, not NearFarLayer")
-            out = layer.step(q, k, v, self.mixer, self._mix_logit(), **options)
+            out = layer.step(q, k, v, self.mixer, self.mix_logit(q), **options)
         out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out), None
 
@@ -154,12 +174,14 @@ class ConvertedAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, v
 
-    def _mix_logit(self) -> Tensor | None:
-        """The learned mix, or what the switch puts in its place."""
-        if self.switch.far_share is None or self.mix_logit is None:
-            return self.mix_logit
+    def mix_logit(self, q: Tensor) -> Tensor | None:
+        """The learned log-odds of the far side (B, H, T), or what the switch puts in their place (H,)."""
+        if self.mix is None:
+            return None
+        if self.switch.far_share is None:
+            return self.mix(q)
         # Log-odds of certainty. Finite on the far side, so that an empty state (log mass -inf) still has no share.
-        return torch.full_like(self.mix_logit, 1e30 if self.switch.far_share else -torch.inf)
+        return torch.full_like(self.mix.bias, 1e30 if self.switch.far_share else -torch.inf)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

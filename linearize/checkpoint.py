@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from linearize.config import LinearizeConfig
-from linearize.convert import base_model, convert, converted_layers, is_converted
+from linearize.convert import added_parameters, base_model, convert, is_converted
 from linearize.errors import LinearizeError
 from linearize.families import geometry_of
 
@@ -134,13 +134,7 @@ def load(
 
 def added_weights(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that conversion added, by their names in the causal language model's state dict."""
-    layers = converted_layers(model)
-    named = {id(p): name for name, p in base_model(model).named_parameters()}
-    added = {}
-    for layer in layers.values():
-        parameters = [] if layer.mixer is None else [layer.mix_logit, *layer.mixer.parameters()]
-        added |= {named[id(p)]: p.detach().contiguous() for p in parameters}
-    return added
+    return {name: p.detach().contiguous() for name, p in added_parameters(model).items()}
 
 
 def _load_whole(path: Path, base: Any, dtype: torch.dtype | str | None, device: str | torch.device) -> Any:

@@ -17,6 +17,7 @@ from linearize.families import Family, Geometry, family_of, geometry_of, own_win
 
 __all__ = [
     "LayerPlan",
+    "added_parameters",
     "apply_conversion",
     "base_model",
     "convert",
@@ -110,7 +111,7 @@ def convert(model: Any, config: LinearizeConfig) -> Any:
     _replace_config(base, old, new)
     base._linearize_original = (type(base), old)
     base.__class__ = model_class(type(base))
-    base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix_logit"}
+    base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix"}
     apply_conversion(base, config)
     return model
 
@@ -144,11 +145,7 @@ def revert(model: Any) -> Any:
     family = family_of(base.config)
     decoder_layers = base.get_submodule(family.layers)
     for index, layer in layers.items():
-        original = layer.original
-        for name, child in layer.named_children():
-            if name != "mixer":
-                original.add_module(name, child)  # an adapter may have wrapped it since
-        setattr(decoder_layers[index], family.attention, original)
+        setattr(decoder_layers[index], family.attention, layer.original)
     base._linearize[2].remove()
     del base._linearize
     made = type(base)
@@ -179,6 +176,19 @@ def converted_layers(model: Any) -> dict[int, ConvertedAttention]:
     return {m.layer_idx: m for m in base_model(model).modules() if isinstance(m, ConvertedAttention)}
 
 
+def added_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """What conversion added, mixers and mixes, by name in the causal language model."""
+    base = base_model(model)
+    added = {
+        id(p)
+        for layer in converted_layers(base).values()
+        for module in (layer.mixer, layer.mix)
+        if module is not None
+        for p in module.parameters()
+    }
+    return {name: p for name, p in base.named_parameters() if id(p) in added}
+
+
 def switch_of(model: Any) -> Switch:
     """The switch that all converted layers of the model share.
 
@@ -194,7 +204,7 @@ def switch_of(model: Any) -> Switch:
 def original_attention(model: Any) -> Iterator[Any]:
     """Inside, the model runs its original attention: the teacher, with the student's own memory of weights.
 
-    Adapters stay as they are; with LoRA that was trained on the student, disable it too.
+    Adapters stay as they are: with LoRA that was trained on the student, disable that too.
     """
     with _switched(model, "converted", False):
         yield model

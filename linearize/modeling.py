@@ -44,7 +44,7 @@ class LinearizedModelMixin:
     """A family's causal language model that converts itself when it is built."""
 
     # Exponentials and far log-scales need float32 under half-precision weights.
-    _keep_in_fp32_modules_strict = ("mixer", "mix_logit")
+    _keep_in_fp32_modules_strict = ("mixer", "mix")
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         from linearize.convert import apply_conversion

@@ -279,7 +279,7 @@ class TestConversion:
         assert {x.dtype for layer in converted_layers(student).values() for x in layer.mixer.parameters()} == {
             torch.float32
         }
-        assert {layer.mix_logit.dtype for layer in converted_layers(student).values()} == {torch.float32}
+        assert {layer.mix.bias.dtype for layer in converted_layers(student).values()} == {torch.float32}
         tokens = make_tokens(2, 30)
         with torch.no_grad():
             out = student(tokens, use_cache=True)
@@ -348,7 +348,7 @@ class TestConversion:
         assert linearize.revert is revert
 
 
-ADDED = ("mix_logit", "mixer.query_weight", "mixer.key_weight")
+ADDED = ("mix.weight", "mix.bias", "mixer.query_weight", "mixer.key_weight")
 
 
 def gradients(model, tokens, labels=None, **inputs):

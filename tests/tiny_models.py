@@ -61,7 +61,8 @@ def randomize_far(model: Any, seed: int = 1) -> Any:
         for layer in converted_layers(model).values():
             if layer.mixer is None:
                 continue
-            layer.mix_logit.copy_(torch.randn(layer.mix_logit.shape, generator=generator) + 1.0)
+            layer.mix.bias.copy_(torch.randn(layer.mix.bias.shape, generator=generator) + 1.0)
+            layer.mix.weight.copy_(torch.randn(layer.mix.weight.shape, generator=generator) * 0.1)
             for parameter in layer.mixer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model

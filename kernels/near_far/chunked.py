@@ -39,6 +39,9 @@ def near_far_chunked(
     out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale)
     if mixer is not None:
         far, log_mass, _ = far_chunked(q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks)
+        if mix_logit is not None and mix_logit.ndim == 3:
+            (mix_rows,) = pack_rows(mask, mix_logit[..., None])
+            mix_logit = pad_to_chunks(mix_rows, window).squeeze(-1)
         out = mix_near_far(out, lse, far, log_mass, mix_logit, mix)
     return unpack_rows(mask, out[:, :, :length]).to(q.dtype)
 
@@ -142,14 +145,16 @@ def mix_near_far(
     """(1 - r) near + r far, with the far share r of the module `reference`. Stable at any logit scale: the share is
     a sigmoid of a difference of logarithms, and a far mass of zero (log n = -inf) is a share of zero.
 
-    near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,) or None for zeros.
+    near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,), (B, H, T) or None for zeros.
     """
     return near + far_share(lse, log_mass, mix_logit, mix)[..., None] * (far - near)
 
 
 def far_share(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: str) -> Tensor:
     """r, the weight of the far side: (B, H, T). Arguments as in `mix_near_far`."""
-    logit = lse.new_zeros(()) if mix_logit is None else mix_logit.to(lse.dtype)[:, None]
+    if mix_logit is None:
+        mix_logit = lse.new_zeros(1)
+    logit = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).to(lse.dtype)
     if mix == "normalizer":
         return (logit + log_mass - lse).sigmoid()
     return torch.where(log_mass > -torch.inf, logit.sigmoid(), 0.0)

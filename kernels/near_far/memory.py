@@ -130,6 +130,9 @@ def _many_tokens(
         far, log_mass, states = far_chunked(
             q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=memory.state
         )
+        if mix_logit is not None and mix_logit.ndim == 3:
+            (mix_rows,) = pack_rows(mask, mix_logit[..., None])
+            mix_logit = pad_to_chunks(_append(None, mix_rows, filled, longest), window).squeeze(-1)
         out = mix_near_far(out, lse, far, log_mass, mix_logit, mix)
     out = unpack_rows(mask, _rows(out, filled, new)).to(q.dtype)
 

@@ -35,7 +35,7 @@ def near_far_attention(
         k: (B, K, T, D) keys; K divides H, and H / K query heads share a key head (never repeated in memory).
         v: (B, K, T, V) values.
         mixer: the far side's feature map and state, or None for window + sinks only.
-        mix_logit: (H,) log-odds added to the far side, a head each; None is 0.
+        mix_logit: log-odds added to the far side: (H,), one a head, or (B, H, T), one a head and query. None is 0.
         window: W >= 1. A query sees its own chunk of W tokens and the one before exactly.
         sinks: S >= 0 first tokens that every query sees exactly.
         mix: "normalizer" (one softmax denominator) or "gate" (r = sigmoid(mix_logit)).
@@ -88,9 +88,9 @@ def _check(q, k, v, mix_logit, window, sinks, mix, mask, backend) -> None:
     need(mix in MIXES, f"mix {mix!r} is unknown; known: {', '.join(MIXES)}")
     need(backend in BACKENDS, f"backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
     need(
-        mix_logit is None or mix_logit.shape == (q.shape[1],),
-        f"mix_logit has shape {None if mix_logit is None else tuple(mix_logit.shape)}; it needs ({q.shape[1]},), "
-        "one a query head",
+        mix_logit is None or mix_logit.shape in ((q.shape[1],), q.shape[:3]),
+        f"mix_logit has shape {None if mix_logit is None else tuple(mix_logit.shape)}; it needs ({q.shape[1]},), one a "
+        f"query head, or {tuple(q.shape[:3])}, one a head and query",
     )
     need(
         mask is None or mask.shape == (q.shape[0], q.shape[2]),

@@ -64,7 +64,9 @@ def near_far_reference(
         # Below the smallest normal number a far mass counts as none: see Mixer.read.
         some = mass > torch.finfo(dtype).tiny
         safe = torch.where(some, mass, 1.0)
-        share = torch.zeros_like(mass) if mix_logit is None else mix_logit.to(dtype).view(1, -1, 1, 1).expand_as(mass)
+        share = torch.zeros_like(mass)
+        if mix_logit is not None:
+            share = share + (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).to(dtype)[..., None]
         if mix == "normalizer":
             share = share + safe.log() - logits.logsumexp(-1, keepdim=True)
         share = torch.where(some, share.sigmoid(), 0.0)

@@ -12,15 +12,17 @@ from .base import Mixer, accumulation_dtype
 
 __all__ = ["Hedgehog"]
 
+START = 0.8
+
 
 class Hedgehog(Mixer):
     """The feature map with its weights, in float32 whatever the model's dtype.
 
     query_weight: (H, D, feature_dim), key_weight: (K, D, feature_dim); F = 2 * feature_dim.
 
-    At the start W is the identity (its first columns, repeated where feature_dim > D) times D^(-1/4), the share of
-    the softmax scale that belongs to each of q and k. On unscaled q and k, whose norms are 8 to 19 in trained models,
-    the features would be nearly one-hot and pass no gradient.
+    At the start W is the identity (its first columns, repeated where feature_dim > D) times START. On unscaled q and
+    k, whose norms are 8 to 19 in trained models, the features are nearly one-hot; scaled by D^(-1/4), the share of the
+    softmax scale that belongs to each of q and k, they are nearly uniform. In between they learn fastest.
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, feature_dim: int | None = None):
@@ -38,7 +40,7 @@ class Hedgehog(Mixer):
             _, head_dim, feature_dim = weight.shape
             columns = torch.arange(feature_dim, device=weight.device) % head_dim
             weight.zero_()
-            weight[:, columns, torch.arange(feature_dim, device=weight.device)] = head_dim**-0.25
+            weight[:, columns, torch.arange(feature_dim, device=weight.device)] = START
 
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q of q (B, H, T, D): (B, H, T, F)."""

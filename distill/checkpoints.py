@@ -1,0 +1,109 @@
+"""Checkpoints of a training stage: whole or absent, never half.
+
+FOLDER/step-00000120/
+    weights.safetensors      the trained parameters by name
+    optimizer.safetensors    Adam's two moments of each, and their step counts
+    state.json               position in the data, steps, tokens and seconds so far
+
+A checkpoint is written under another name and renamed when it is on disk, so a folder that is called `step-...` is
+complete. The one before it is removed only after that.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+
+__all__ = ["latest", "restore", "write"]
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def write(
+    folder: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Save a checkpoint and remove the older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"partial-{step:08d}"
+    for leftover in (partial, final):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir()
+    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, partial / "weights.safetensors")
+    save_file(_moments(parameters, optimizer), partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for file in partial.iterdir():
+        _to_disk(file)
+    os.replace(partial, final)
+    _to_disk(folder)
+    for other in folder.iterdir():
+        if other != final:
+            shutil.rmtree(other)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return max(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), default=None)
+
+
+def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into the parameters and the optimizer; returns what `write` was given as `state`.
+
+    Raises:
+        LinearizeError: it cannot be read, or belongs to other parameters.
+    """
+    try:
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise LinearizeError(
+            f"checkpoint {path}: cannot be read ({reason}); remove that folder to start over"
+        ) from None
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
+        raise LinearizeError(
+            f"checkpoint {path}: it holds {len(shapes)} tensors of another training; give another output folder, "
+            "or the settings it was made with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+            slot = {key.rpartition("/")[2]: x for key, x in moments.items() if key.rpartition("/")[0] == name}
+            if slot:
+                optimizer.state[parameter] = {
+                    key: x.clone() if key == "step" else x.to(parameter.device, copy=True) for key, x in slot.items()
+                }
+    return state
+
+
+def _moments(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

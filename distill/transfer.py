@@ -1,0 +1,119 @@
+"""Attention transfer: every converted layer learns alone, from one forward pass of the original.
+
+The teacher is the student's own weights with the conversion switched off. Each layer's loss is computed and
+back-propagated inside the forward pass, so only one layer's activations live at a time, and no gradient crosses from
+one layer to another.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.attention import Observation
+from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
+from linearize.distill.data import Batch, TokenStream
+from linearize.distill.loop import Outcome, StepLosses, train
+from linearize.distill.objectives import OBJECTIVES, calibrated_mix
+from linearize.distill.options import TransferOptions
+from linearize.errors import LinearizeError
+from linearize.families import family_of
+
+__all__ = ["calibrate", "observe", "run_transfer", "transfer_step"]
+
+
+def run_transfer(
+    model: Any, stream: TokenStream, options: TransferOptions, folder: Path, *, accumulation: int = 1
+) -> Outcome:
+    """Calibrate the mixes on one batch, then train mixers and mixes for the budget.
+
+    Args:
+        model: a converted model; every other weight is frozen.
+        stream: training text.
+        folder: of the run: `train.jsonl` and `checkpoints/transfer` go there, and a killed run goes on from there.
+        accumulation: batches an optimizer step.
+
+    Raises:
+        LinearizeError: no layer has a state to train, or rows too short for any token to have left the window.
+    """
+    base = base_model(model)
+    layers = converted_layers(base)
+    parameters = added_parameters(base)
+    if not parameters:
+        raise LinearizeError("transfer: mixer 'none' has no state to train; convert with mixer 'hedgehog', or skip it")
+    config = next(iter(layers.values())).linearize_config
+    if stream.seq_len <= 2 * config.window:
+        raise LinearizeError(
+            f"data.seq_len: in rows of {stream.seq_len} tokens nothing has left a window of {config.window} (two "
+            f"chunks); use more than {2 * config.window}, better {16 * config.window}"
+        )
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    device = base.get_input_embeddings().weight.device
+
+    position = stream.state_dict()
+    calibrate(base, {key: x.to(device) for key, x in next(stream).items()})
+    stream.load_state_dict(position)
+    outcome = train(
+        "transfer",
+        lambda batch, backward: transfer_step(base, batch, options.objective, backward),
+        parameters,
+        stream,
+        options,
+        folder,
+        accumulation=accumulation,
+        device=device,
+        lr_scale=mix_lr_scale,
+    )
+    model.requires_grad_(False)
+    return outcome
+
+
+def mix_lr_scale(name: str) -> float:
+    """The mix's weight meets queries with norms of 10 and more; a step as large as the others' would overshoot."""
+    return 0.1 if name.endswith(".mix.weight") else 1.0
+
+
+def transfer_step(model: Any, batch: Batch, objective: str, backward: Callable[[Tensor], None]) -> StepLosses:
+    """One batch: the losses of all layers, each back-propagated into its own mixer and mix."""
+    loss_of = OBJECTIVES[objective]
+    losses: StepLosses = {}
+
+    def learn(seen: Observation) -> None:
+        with torch.enable_grad():
+            loss = loss_of(seen)
+            backward(loss)
+        losses[f"layer.{seen.layer.layer_idx}"] = loss.detach()
+
+    observe(model, batch, learn)
+    return {"loss": torch.stack(list(losses.values())).mean()} | losses
+
+
+def calibrate(model: Any, batch: Batch) -> None:
+    """Set each head's mix in closed form from one batch; see `calibrated_mix`.
+
+    Without it the far side starts so quiet or so loud that training ends before the mix has arrived.
+    """
+
+    def set_mix(seen: Observation) -> None:
+        weight, bias = calibrated_mix(seen)
+        seen.layer.mix.weight.data.copy_(weight)
+        seen.layer.mix.bias.data.copy_(bias)
+
+    observe(model, batch, set_mix)
+
+
+def observe(model: Any, batch: Batch, observer: Callable[[Observation], None]) -> None:
+    """Run the original's decoder on a batch, without gradient, and show `observer` what each converted layer sees."""
+    base = base_model(model)
+    decoder = base.get_submodule(family_of(base.config).layers.rpartition(".")[0])
+    switch = switch_of(base)
+    with original_attention(base), torch.no_grad():
+        switch.observer = observer
+        try:
+            decoder(**batch, use_cache=False)
+        finally:
+            switch.observer = None
