@@ -3,7 +3,9 @@
 Nothing heavy is imported here: torch and transformers load inside the commands that need them.
 """
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -292,10 +294,15 @@ def _config(
 
 def _quiet() -> None:
     """Other libraries' notes are not for our users' eyes; their progress bars stay where somebody watches."""
+    watched = sys.stderr.isatty()
+    if not watched:  # read when tqdm is imported, so before transformers is
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    if not watched:
         logging.disable_progress_bar()

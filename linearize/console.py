@@ -44,7 +44,7 @@ class OneLineErrors(TyperGroup):
             message, status = _explain(error)
             print(f"error: {message}", file=sys.stderr)
         if status == INTERRUPTED:
-            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
         sys.exit(status if isinstance(status, int) else 0)
 
 

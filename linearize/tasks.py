@@ -18,7 +18,15 @@ from linearize.rows import comparison_rows, speed_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["announce_dtype", "bench_model", "convert_and_save", "evaluate_model", "held_out_tokens", "write_answer"]
+__all__ = [
+    "announce_dtype",
+    "bench_model",
+    "check_evaluation",
+    "convert_and_save",
+    "evaluate_model",
+    "held_out_tokens",
+    "write_answer",
+]
 
 # Text beyond what perplexity reads, so that the stretches that needles hide in differ from one another.
 HAYSTACKS = 4
@@ -153,3 +161,16 @@ def held_out_tokens(
     except UnicodeDecodeError as error:
         raise LinearizeError(f"text: {options.text!r} is not UTF-8 at byte {error.start}; convert it") from error
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:limit], dtype=torch.long)
+
+
+def check_evaluation(options: EvaluateOptions, tokens: Tensor, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
+    """Raise the LinearizeError that `evaluate_rows` would raise, without a model."""
+    from linearize.benchmarks.choices import load_items
+    from linearize.benchmarks.needle import build_needles
+    from linearize.benchmarks.perplexity import cut_sequences
+
+    cut_sequences(tokens, options.seq_len, options.tokens)
+    if options.choices is not None:
+        load_items(options.choices, options.choices_limit, seed)
+    if options.needle_lengths and options.needle_depths:
+        build_needles(tokenizer, tokens, options.needle_lengths, options.needle_depths, seed=seed)

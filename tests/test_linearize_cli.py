@@ -147,6 +147,11 @@ class TestConvert:
         assert list(converted_layers(student)) == [0]
         assert tokenizer.chat_template
 
+    def test_without_a_state_there_is_nothing_to_teach(self, model: Path, tmp_path: Path):
+        result = call("convert", model, tmp_path / "new", "--mixer", "none", "--adapter")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert len(converted_layers(load_model(tmp_path / "new", "float32", "cpu")[0])) == 2
+
     def test_adapter_is_small_and_finds_its_base(self, adapter: Path, model: Path):
         assert not (adapter / "config.json").exists()
         description = json.loads((adapter / "linearize.json").read_text())
@@ -198,6 +203,15 @@ class TestEvaluate:
 
 
 class TestBench:
+    def test_hybrid_and_original(self, model: Path, tmp_path: Path):
+        assert call("convert", model, tmp_path / "hybrid", "--softmax-layers", "0").exit_code == 0
+        for name, row in ((tmp_path / "hybrid", "student"), (model, "window + sinks")):
+            out = tmp_path / "b.json"
+            words = ("--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--out", out)
+            result = call("bench", "decode", name, *words)
+            assert result.exit_code == 0, result.output
+            assert json.loads(out.read_text())["rows"] == ["original", row]
+
     def test_decode(self, adapter: Path, tmp_path: Path):
         out = tmp_path / "b.json"
         words = ("--contexts", "32,64", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--out", out)

@@ -1,0 +1,267 @@
+"""The whole job of one recipe, in parts that are each done once.
+
+OUT/recipe.yaml      what was asked for, every value spelled out
+OUT/progress.json    which parts are finished; a run that is called again goes on after them
+OUT/train.jsonl      the log of the stages
+OUT/checkpoints/     inside a stage, to go on after a kill
+OUT/student/         part "student": the conversion, taught
+OUT/control/         part "control": the original after the same end-to-end training
+OUT/evaluate.json, OUT/bench.json, OUT/report.html      the parts of these names
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.benchmarks.files import read_json, write_json
+from linearize.checkpoint import save
+from linearize.console import note
+from linearize.convert import convert, is_converted
+from linearize.distill.data import TokenStream, build_stream
+from linearize.distill.end_to_end import CONTROL, STUDENT, run_distill
+from linearize.distill.loop import Outcome
+from linearize.distill.options import DistillOptions
+from linearize.distill.recipe import Recipe, dump_recipe
+from linearize.distill.transfer import run_transfer
+from linearize.errors import LinearizeError
+from linearize.inspection import inspect_config
+from linearize.models import load_config, load_model, load_tokenizer, resolve_dtype
+from linearize.rows import comparison_rows, speed_rows
+from linearize.tables import print_bench, print_evaluation
+from linearize.tasks import check_evaluation, held_out_tokens
+
+__all__ = ["PARTS", "Job"]
+
+PARTS = ("student", "control", "evaluate", "bench", "report")
+KIND = "linearize.progress"
+
+
+class Job:
+    """One recipe in one folder.
+
+    Args:
+        recipe: what to do.
+        folder: where everything goes; made where it is missing.
+
+    Raises:
+        LinearizeError: the folder holds the run of another recipe or files of something else, or the recipe asks for
+            what cannot be done together. Nothing is written then.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe = recipe
+        self.folder = folder
+        self.stages = _named(recipe)
+        distills = [options for _, options in self.stages if isinstance(options, DistillOptions)]
+        # Training that changes the original's own weights makes a whole student; else the student is an adapter.
+        self.whole = any(options.train != "lora" for options in distills)
+        self.control = bool(distills) and recipe.evaluate.control
+        if self.whole and self.control:
+            raise LinearizeError(
+                "evaluate.control: a control is trained with LoRA only, and a distill stage trains chosen parameters; "
+                "set train to lora, or evaluate.control to false"
+            )
+        self._progress = self._open()
+
+    def run(self, parts: Sequence[str]) -> list[Path]:
+        """Do these parts, in the order of `PARTS`, but for those that are done; returns what each of them made."""
+        parts = [part for part in PARTS if part in parts and (part != CONTROL or self.control)]
+        self._check(parts)
+        made = []
+        try:
+            for number, part in enumerate(parts, 1):
+                where = f"[{number}/{len(parts)}] {part}"
+                done = self._progress["done"]
+                if part in done:
+                    note(f"{where}: done before")
+                    made.append(self.folder / done[part]["made"])
+                    continue
+                note(where)
+                start = time.perf_counter()
+                made.append(getattr(self, f"_{part}")())
+                if part != "report":  # it costs a second and shows whatever is there by now
+                    done[part] = {"made": made[-1].name, "seconds": round(time.perf_counter() - start, 1)}
+                    self._write_progress()
+        except KeyboardInterrupt:
+            note("the same command goes on from here")
+            raise
+        return made
+
+    def _open(self) -> dict[str, Any]:
+        path = self.folder / "progress.json"
+        asked = self.recipe.to_dict()
+        if path.is_file():
+            progress = read_json(path, KIND)
+            if progress["recipe"] != asked:
+                raise LinearizeError(
+                    f"out: {str(self.folder)!r} holds the run of another recipe "
+                    f"({_difference(progress['recipe'], asked)}); give another --out, or the same recipe to go on"
+                )
+            return progress
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+            raise LinearizeError(f"out: {str(self.folder)!r} holds files of something else; give a new folder")
+        return {"kind": KIND, "schema": 1, "recipe": asked, "dtype": None, "streams": {}, "done": {}}
+
+    def _write_progress(self) -> None:
+        write_json(self.folder / "progress.json", self._progress)
+
+    def _check(self, parts: Sequence[str]) -> None:
+        """What would fail after the training is found before it. Then the folder is begun."""
+        inspect_config(load_config(self.recipe.model), self.recipe.convert)
+        if "evaluate" in parts:
+            check_evaluation(self.recipe.evaluate, self._held_out, self._tokenizer, self.recipe.seed)
+        if not (self.folder / "recipe.yaml").is_file():
+            self._write_progress()
+            dump_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def _held_out(self) -> torch.Tensor:
+        return held_out_tokens(self.recipe.evaluate, self.recipe.data, self._tokenizer, self.recipe.seed)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """Chosen once a run: a probe that falls out otherwise must not change a run that goes on."""
+        if self._progress["dtype"] is None:
+            dtype, reason = resolve_dtype(self.recipe.dtype)
+            note(f"dtype: {reason}")
+            self._progress["dtype"] = str(dtype).removeprefix("torch.")
+            self._write_progress()
+        return getattr(torch, self._progress["dtype"])
+
+    @cached_property
+    def _model(self) -> Any:
+        """The student, with its LoRA apart; and the control's beside it where that is trained."""
+        model, _ = load_model(self.folder / "student", self._dtype, merge=False)
+        if CONTROL in self._progress["done"]:
+            model.load_adapter(str(self.folder / CONTROL), adapter_name=CONTROL)
+            model.set_adapter(STUDENT)
+        return model
+
+    def _stream(self, model: Any) -> TokenStream:
+        """The training text from its start; where the recipe says so, `model` has written some of it."""
+        teacher = comparison_rows(model)["original"]() if is_converted(model) else nullcontext(model)
+        with teacher:
+            return build_stream(
+                self.recipe.data, self._tokenizer, self.recipe.seed, teacher=model, cache_dir=self.folder / "texts"
+            )
+
+    def _student(self) -> Path:
+        model, _ = load_model(self.recipe.model, self._dtype)
+        stream = self._stream(model)
+        torch.manual_seed(self.recipe.seed)
+        convert(model, self.recipe.convert)
+        for index, (stage, options) in enumerate(self.stages):
+            # The control reads on from the same place.
+            self._progress["streams"].setdefault(stage, stream.state_dict())
+            self._write_progress()
+            torch.manual_seed(self.recipe.seed + index)  # new weights do not depend on whether a run was cut in two
+            shared = {"accumulation": self.recipe.gradient_accumulation}
+            if isinstance(options, DistillOptions):
+                model, outcome = run_distill(model, stream, options, self.folder, stage=stage, **shared)
+            else:
+                outcome = run_transfer(model, stream, options, self.folder, **shared)
+            _say(stage, outcome)
+        if self.whole and hasattr(model, "peft_config"):
+            model = model.merge_and_unload()
+        save(model, self.folder / "student", adapter=not self.whole, tokenizer=self._tokenizer)
+        self._model = model.eval()
+        return self.folder / "student"
+
+    def _control(self) -> Path:
+        model = self._model
+        stream = self._stream(model)
+        for index, (stage, options) in enumerate(self.stages):
+            if isinstance(options, DistillOptions):
+                stream.load_state_dict(self._progress["streams"][stage])
+                torch.manual_seed(self.recipe.seed + index)
+                name = stage.replace("distill", CONTROL)
+                shared = {"accumulation": self.recipe.gradient_accumulation}
+                model, outcome = run_distill(model, stream, options, self.folder, control=True, stage=name, **shared)
+                _say(name, outcome)
+        # peft puts a named adapter into a folder of its own inside the one it is given, beside files we do not want.
+        partial = self.folder / "control.partial"
+        model.save_pretrained(partial, selected_adapters=[CONTROL], save_embedding_layers=False)
+        shutil.rmtree(self.folder / CONTROL, ignore_errors=True)
+        os.replace(partial / CONTROL, self.folder / CONTROL)
+        shutil.rmtree(partial)
+        return self.folder / CONTROL
+
+    def _evaluate(self) -> Path:
+        from linearize.benchmarks.evaluate import evaluate_rows
+
+        base = load_model(self.recipe.model, self._dtype)[0] if self.whole else None
+        rows = comparison_rows(self._model, base)
+        result = evaluate_rows(rows, self._tokenizer, self._held_out, self.recipe.evaluate, self.recipe.seed)
+        print_evaluation(result)
+        return write_json(self.folder / "evaluate.json", result)
+
+    def _bench(self) -> Path:
+        from linearize.benchmarks.decode import bench_decode
+
+        model = self._model
+        del self.__dict__["_model"]  # merging is for good
+        if hasattr(model, "peft_config"):
+            model = model.merge_and_unload()
+        options = self.recipe.bench
+        result = bench_decode(
+            speed_rows(model),
+            options.contexts,
+            self._held_out,
+            decode_tokens=options.decode_tokens,
+            repeats=options.repeats,
+            batch=options.batch,
+            seed=self.recipe.seed,
+        )
+        print_bench(result)
+        return write_json(self.folder / "bench.json", result)
+
+    def _report(self) -> Path:
+        from linearize.benchmarks.report import write_report
+
+        return write_report(self.folder)
+
+
+def _named(recipe: Recipe) -> list[tuple[str, Any]]:
+    """The stages with a name each for logs and checkpoints: transfer, distill, distill-2, ..."""
+    named: list[tuple[str, Any]] = []
+    for kind, options in recipe.stages:
+        count = 1 + sum(isinstance(other, type(options)) for _, other in named)
+        if count > 1 and kind == "transfer":
+            raise LinearizeError("stages: transfer is listed twice; give it once, with the sum of the budgets")
+        named.append((kind if count == 1 else f"{kind}-{count}", options))
+    return named
+
+
+def _say(stage: str, outcome: Outcome) -> None:
+    """What a stage did, and the losses at its start and end."""
+    speed = outcome.tokens / max(outcome.seconds, 1e-9)
+    note(
+        f"{stage}: {outcome.steps} steps, {outcome.tokens} tokens in {outcome.seconds / 60:.1f} min "
+        f"({speed:.0f} tokens/s)"
+    )
+    for name, first in outcome.first.items():
+        note(f"  {name:<9} {first:.4f} -> {outcome.last[name]:.4f}")
+
+
+def _difference(before: Any, now: Any, where: str = "") -> str:
+    """The first setting in which two recipes differ, as `a.b is 1 there and 2 here`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now)):
+            if old != new:
+                return _difference(old, new, f"{where}[{index}]")
+    return f"{where} is {before!r} there and {now!r} here"

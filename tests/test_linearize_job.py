@@ -1,0 +1,259 @@
+"""The whole job of a recipe: parts done once, gone on with after a stop, and never mixed up with another run's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+from linearize import job
+from linearize.cli import app
+from linearize.distill.recipe import Recipe, load_recipe
+from linearize.errors import LinearizeError
+from linearize.job import Job
+from linearize.models import load_model
+from tests.saved_models import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "In a small house near the far hill they keep what they saw and forget the rest.\n"
+ALL = ["student", "control", "evaluate.json", "bench.json", "report.html"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model, a text and a recipe of three steps a stage."""
+    folder = tmp_path_factory.mktemp("job")
+    save_tiny_model(folder / "original")
+    (folder / "text.txt").write_text("\n".join(f"{number}. {TEXT}" for number in range(200)))
+    stage: dict[str, Any] = {"budget": {"steps": 3}, "log_every": 1}
+    values = {
+        "model": str(folder / "original"),
+        "convert": {"window": 8, "sinks": 2},
+        "data": {"sources": [{"kind": "text", "path": str(folder / "text.txt")}], "seq_len": 64},
+        "stages": [{"transfer": stage}, {"distill": stage | {"lora_rank": 2}}],
+        "evaluate": {"tokens": 256, "seq_len": 64, "needle_lengths": [100], "needle_depths": [0.5]},
+        "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1},
+        "dtype": "float32",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def run(place: Path, out: Path, *settings: str, command: str = "run") -> Result:
+    words = [command, str(place / "recipe.yaml"), "--out", str(out)]
+    return CliRunner().invoke(app, [*words, *(word for setting in settings for word in ("--set", setting))])
+
+
+def recipe(place: Path, *settings: str) -> Recipe:
+    return load_recipe(place / "recipe.yaml", settings)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder, "float32", "cpu")[0].state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[Path, Result]:
+    out = place / "finished"
+    return out, run(place, out)
+
+
+class TestRun:
+    def test_makes_everything(self, finished: tuple[Path, Result]):
+        out, result = finished
+        assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-len(ALL) :] == [str(out / name) for name in ALL]
+        for name in ALL:
+            assert (out / name).exists()
+        assert not (out / "control.partial").exists()
+        stages = [json.loads(line)["stage"] for line in (out / "train.jsonl").read_text().splitlines()]
+        assert stages == ["transfer"] * 3 + ["distill"] * 3 + ["control"] * 3
+
+    def test_says_what_each_stage_did(self, finished: tuple[Path, Result]):
+        lines = finished[1].stderr.splitlines()
+        for stage in ("transfer", "distill", "control"):
+            assert any(line.startswith(f"{stage}: 3 steps, 192 tokens in ") for line in lines)
+        assert sum(line.startswith("  layer.") for line in lines) == 2
+
+    def test_compares_all_rows(self, finished: tuple[Path, Result]):
+        found = json.loads((finished[0] / "evaluate.json").read_text())
+        rows = found["perplexity"]["rows"]
+        assert list(rows) == [
+            "original",
+            "control",
+            "window + sinks",
+            "student",
+            "student, state off",
+            "student, window off",
+        ]
+        assert len({row["ppl"] for row in rows.values()}) == len(rows)  # each is another model
+        assert json.loads((finished[0] / "bench.json").read_text())["rows"] == ["original", "student"]
+
+    def test_the_original_row_is_the_original(self, place: Path, finished: tuple[Path, Result], tmp_path: Path):
+        out = tmp_path / "alone.json"
+        held_out = tmp_path / "held_out.txt"
+        tokenizer = load_model(place / "original", "float32", "cpu")[1]
+        held_out.write_text(tokenizer.decode(Job(recipe(place), finished[0])._held_out, skip_special_tokens=True))
+        words = ["evaluate", str(place / "original"), "--text", str(held_out), "--out", str(out), "--seq-len", "64"]
+        options = ["--tokens", "256", "--needle", "none", "--dtype", "float32"]
+        assert CliRunner().invoke(app, [*words, *options]).exit_code == 0
+        alone = json.loads(out.read_text())["perplexity"]["rows"]["original"]["ppl"]
+        rows = json.loads((finished[0] / "evaluate.json").read_text())["perplexity"]["rows"]
+        assert rows["original"]["ppl"] == pytest.approx(alone, rel=1e-6)
+
+    def test_a_second_call_repeats_nothing(self, place: Path, finished: tuple[Path, Result]):
+        out = finished[0]
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+        result = run(place, out)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("done before") == 4
+        after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+        assert {path.name for path in after if after[path] != before.get(path)} == {"report.html"}
+
+    def test_another_recipe_in_the_same_folder(self, place: Path, finished: tuple[Path, Result]):
+        result = run(place, finished[0], "stages.1.distill.lr=0.5")
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"error: out: '{finished[0]}' holds the run of another recipe (stages[1].distill.lr is 0.0002 there and "
+            "0.5 here); give another --out, or the same recipe to go on\n"
+        )
+
+    def test_distill_makes_the_student_and_run_goes_on(self, place: Path, tmp_path: Path, finished):
+        out = tmp_path / "out"
+        settings = ("evaluate.control=false",)
+        result = run(place, out, *settings, command="distill")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{out / 'student'}\n"
+        assert not (out / "evaluate.json").exists()
+        assert same(weights(out / "student"), weights(finished[0] / "student"))
+        result = run(place, out, *settings)
+        assert result.exit_code == 0, result.output
+        assert "[1/4] student: done before" in result.stderr
+        assert not (out / "control").exists()
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("part", ["control", "evaluate", "bench"])
+    def test_after_a_stop_between_parts(self, place: Path, tmp_path: Path, finished, monkeypatch, part: str):
+        def stop(self):
+            raise KeyboardInterrupt
+
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, f"_{part}", stop)
+            result = run(place, out)
+            assert result.exit_code == 130
+            assert "the same command goes on from here" in result.stderr
+        assert run(place, out).exit_code == 0
+        for name in ("evaluate.json",):
+            mine, whole = (json.loads((folder / name).read_text()) for folder in (out, finished[0]))
+            assert mine["perplexity"] == whole["perplexity"]
+
+    def test_a_stage_that_was_killed(self, place: Path, tmp_path: Path, finished):
+        """SIGKILL while the second stage runs; the student is then the one of a run that was not killed."""
+        out = tmp_path / "out"
+        settings = ["--set", "stages.0.transfer.checkpoint_minutes=1e-9", "--set", "stages.1.distill.budget.steps=60"]
+        settings += ["--set", "stages.1.distill.checkpoint_minutes=1e-9"]
+        words = [sys.executable, "-m", "linearize", "distill", str(place / "recipe.yaml"), *settings, "--out"]
+        killed = subprocess.Popen([*words, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 100
+        while not list(out.glob("checkpoints/distill/step-*")):
+            assert killed.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+        assert "student" not in json.loads((out / "progress.json").read_text())["done"]
+
+        chosen = [word for word in settings if word != "--set"]
+        assert run(place, out, *chosen, command="distill").exit_code == 0
+        assert run(place, tmp_path / "whole", *chosen, command="distill").exit_code == 0
+        assert same(weights(out / "student"), weights(tmp_path / "whole" / "student"))
+
+    def test_the_dtype_is_chosen_once(self, place: Path, tmp_path: Path, monkeypatch):
+        out = tmp_path / "out"
+        answers = iter([(torch.bfloat16, "first"), (torch.float32, "second")])
+        monkeypatch.setattr(job, "resolve_dtype", lambda name: next(answers))
+        settings = ("dtype=auto", "evaluate.control=false")
+        assert run(place, out, *settings, command="distill").exit_code == 0
+        assert run(place, out, *settings).exit_code == 0
+        assert json.loads((out / "bench.json").read_text())["dtypes"]["student"] == "bfloat16"
+
+
+class TestOtherRecipes:
+    def test_chosen_parameters_make_a_whole_student(self, place: Path, tmp_path: Path):
+        settings = ("stages.1.distill.train=['*.o_proj.weight']", "evaluate.control=false")
+        result = run(place, tmp_path / "out", *settings)
+        assert result.exit_code == 0, result.output
+        student = weights(tmp_path / "out" / "student")
+        original = weights(place / "original")
+        name = "model.layers.0.self_attn.{}.weight"
+        assert not torch.equal(student[name.format("o_proj")], original[name.format("o_proj")])
+        assert torch.equal(student[name.format("q_proj")], original[name.format("q_proj")])
+        rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["perplexity"]["rows"]
+        assert rows["window + sinks"]["ppl"] != rows["student, state off"]["ppl"]
+
+    def test_no_stage_and_no_state(self, place: Path, tmp_path: Path):
+        result = run(place, tmp_path / "out", "stages=[]", "convert.mixer=none")
+        assert result.exit_code == 0, result.output
+        rows = json.loads((tmp_path / "out" / "evaluate.json").read_text())["perplexity"]["rows"]
+        assert list(rows) == ["original", "window + sinks", "student"]
+        assert rows["student"]["ppl"] == rows["window + sinks"]["ppl"]
+
+    def test_distill_twice_and_a_generated_source(self, place: Path, tmp_path: Path):
+        stage = "{distill: {budget: {steps: 1}, lora_rank: 2, log_every: 1}}"
+        generated = "{kind: generated, tokens: 200}"
+        text = "{kind: text, path: '" + str(place / "text.txt") + "'}"
+        result = run(place, tmp_path / "out", f"stages=[{stage}, {stage}]", f"data.sources=[{generated}, {text}]")
+        assert result.exit_code == 0, result.output
+        lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+        stages = [json.loads(line)["stage"] for line in lines]
+        assert stages == ["distill", "distill-2", "control", "control-2"]
+        assert list((tmp_path / "out" / "texts").iterdir())
+
+
+class TestRefusals:
+    """Found before anything is trained or written."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["stages.1.distill.train=['*.o_proj.weight']"], "evaluate.control: a control is trained with LoRA only"),
+            (["stages.1={transfer: {budget: {steps: 1}}}"], "stages: transfer is listed twice; give it once"),
+            (["evaluate.text=nowhere.txt"], "text: 'nowhere.txt' is not a file"),
+            (["evaluate.choices=nowhere.jsonl"], "choices: 'nowhere.jsonl' is not a file"),
+            (["evaluate.tokens=99999", "evaluate.seq_len=99999"], "held-out tokens do not fill one sequence of 99999"),
+            (["evaluate.needle_lengths=[65]"], "needle_lengths: 65 is too short for the sentence"),
+            (["data.held_out=0"], "data.held_out: 0.0 leaves no text to evaluate on"),
+            (["data.sources.0.path=nowhere.txt"], "nowhere.txt"),
+            (["convert.softmax_layers=[5]"], "softmax_layers: layer 5 is out of range, the model has layers 0 to 1"),
+            (["model=./nowhere"], "model: no folder './nowhere'"),
+        ],
+    )
+    def test_mistakes_in_a_recipe(self, place: Path, tmp_path: Path, settings: list[str], message: str):
+        out = tmp_path / "out"
+        result = run(place, out, *settings)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
+        assert not out.exists()
+
+    def test_a_folder_of_something_else(self, place: Path, tmp_path: Path):
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(LinearizeError, match="holds files of something else; give a new folder"):
+            Job(recipe(place), tmp_path)
+        with pytest.raises(LinearizeError, match="holds files of something else; give a new folder"):
+            Job(recipe(place), tmp_path / "notes.txt")
