@@ -24,7 +24,8 @@ from linearize.kernels.near_far.chunked import near_far_chunked
 from tests.cost import growth_of_time, peak_bytes
 from tests.tolerance import assert_near, worst
 
-FAR = ("none", "normalizer", "gate")
+FAR = ("none", "normalizer", "gate", "one a head")
+MIXES = ("normalizer", "gate")
 PADDING = ("full", "left", "right", "holes")
 # batch, H, K, T, D, V, W, S, feature_dim
 SHAPES = [
@@ -47,7 +48,7 @@ SHAPES = [
 
 
 def make_inputs(shape, dtype=torch.float64, grad=False, seed=0):
-    """q, k, v, a mixer with random weights and a random mix_logit."""
+    """q, k, v, a mixer with random weights and a random mix_logit, one a head and query."""
     batch, heads, kv_heads, length, size, value_size, _, _, features = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +61,7 @@ def make_inputs(shape, dtype=torch.float64, grad=False, seed=0):
     with torch.no_grad():
         for weight in mixer.parameters():
             weight.copy_(normal(*weight.shape) * size**-0.25)
-    mix_logit = normal(heads).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    mix_logit = normal(batch, heads, length).to(torch.float64 if dtype == torch.float64 else torch.float32)
     if dtype == torch.float64:
         mixer = mixer.double()
     inputs = [x.to(dtype).requires_grad_(grad) for x in (q, k, v)]
@@ -82,7 +83,11 @@ def make_mask(padding, batch, length):
 
 def far_options(far, mixer, mix_logit):
     """(mixer, mix_logit, mix) of one of FAR."""
-    return (None, None, "normalizer") if far == "none" else (mixer, mix_logit, far)
+    if far == "none":
+        return None, None, "normalizer"
+    if far == "one a head":
+        return mixer, mix_logit[0, :, 0].detach().requires_grad_(mix_logit.requires_grad), "normalizer"
+    return mixer, mix_logit, far
 
 
 def by_hand(q, k, v, mixer=None, mix_logit=None, *, window, sinks, mix="normalizer", scale=None, mask=None):
@@ -112,13 +117,14 @@ def by_hand(q, k, v, mixer=None, mix_logit=None, *, window, sinks, mix="normaliz
             phi_q = hedgehog(qs, mixer.query_weight[h])
             phi_k = hedgehog(ks, mixer.key_weight[kv])
             far_logits = (phi_q @ phi_k.T).log().masked_fill(~far, -torch.inf)
+            logit = (mix_logit[h] if mix_logit.ndim == 1 else mix_logit[b, h, real][:, None]).to(q.dtype)
             if mix == "normalizer":
-                both = torch.cat([near_logits, far_logits + mix_logit[h].to(q.dtype)], -1).softmax(-1)
+                both = torch.cat([near_logits, far_logits + logit], -1).softmax(-1)
                 out[b, h, real] = both @ torch.cat([vs, vs])
             else:
                 some = far_logits.amax(-1, keepdim=True) > -torch.inf
                 far_out = far_logits.masked_fill(~some, 0.0).softmax(-1) @ vs
-                share = torch.where(some, mix_logit[h].to(q.dtype).sigmoid(), 0.0)
+                share = torch.where(some, logit.sigmoid(), 0.0)
                 out[b, h, real] = near_logits.softmax(-1) @ vs * (1 - share) + far_out * share
     return out
 
@@ -151,11 +157,11 @@ class TestFullForm:
         for backend in ("reference", "torch"):
             assert_near(near_far_attention(q, k, v, mixer, mix_logit, **options, backend=backend), expected)
 
-    @pytest.mark.parametrize("mix", FAR[1:])
+    @pytest.mark.parametrize("mix", MIXES)
     def test_no_mix_logit_is_zeros(self, mix):
-        q, k, v, mixer, mix_logit = make_inputs(SHAPES[4])
+        q, k, v, mixer, _ = make_inputs(SHAPES[4])
         options = {"window": 3, "mix": mix}
-        expected = by_hand(q, k, v, mixer, torch.zeros_like(mix_logit), sinks=0, **options)
+        expected = by_hand(q, k, v, mixer, torch.zeros(4), sinks=0, **options)
         for backend in ("reference", "torch"):
             assert_near(near_far_attention(q, k, v, mixer, **options, backend=backend), expected)
 
@@ -173,7 +179,7 @@ class TestFullForm:
         """Or the comparisons above would show little."""
         q, k, v, mixer, mix_logit = make_inputs(SHAPES[-1])
         window_only = near_far_attention(q, k, v, window=9, sinks=5)
-        for mix in FAR[1:]:
+        for mix in MIXES:
             out = near_far_attention(q, k, v, mixer, mix_logit, window=9, sinks=5, mix=mix)
             assert_near(out[:, :, :18], window_only[:, :, :18])  # chunks 0 and 1 have no far term
             assert (out[:, :, 23:] - window_only[:, :, 23:]).abs().mean() > 1e-2
@@ -186,7 +192,8 @@ class TestFullForm:
             options = {"window": 3, "sinks": 1, "mask": mask, "backend": backend}
             out = near_far_attention(q, k, v, mixer, mix_logit, **options)
             loud = [x.masked_fill(~mask[:, None, :, None], 1e4) for x in (q, k, v)]
-            assert torch.equal(near_far_attention(*loud, mixer, mix_logit, **options), out)
+            loud_logit = mix_logit.masked_fill(~mask[:, None], 1e4)
+            assert torch.equal(near_far_attention(*loud, mixer, loud_logit, **options), out)
             assert bool((out.transpose(1, 2)[~mask] == 0).all())
 
     @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -269,11 +276,10 @@ class TestGradients:
         names = [name for name, _ in mixer.named_parameters()]
 
         def run(q, k, v, mix_logit, *weights):
-            chosen = None if far == "none" else Functional(mixer, dict(zip(names, weights, strict=True)))
-            return near_far_attention(
-                q, k, v, chosen, None if far == "none" else mix_logit, window=2, sinks=1,
-                mix="normalizer" if far == "none" else far, mask=mask, backend=backend,
-            )  # fmt: skip
+            functional = Functional(mixer, dict(zip(names, weights, strict=True)))
+            chosen, logit, mix = far_options(far, functional, mix_logit)
+            logit = mix_logit[0, :, 0] if far == "one a head" else logit  # not a leaf of its own
+            return near_far_attention(q, k, v, chosen, logit, window=2, sinks=1, mix=mix, mask=mask, backend=backend)
 
         assert torch.autograd.gradcheck(run, (q, k, v, mix_logit, *mixer.parameters()))
 
@@ -309,8 +315,9 @@ def in_steps(pieces, q, k, v, mixer, mix_logit, mask=None, memory=None, **option
         new = None if mask is None else mask[:, part]
         if new is not None and bool(new.all()):
             new = None
+        logit = mix_logit[:, :, part] if mix_logit is not None and mix_logit.ndim == 3 else mix_logit
         step, memory = near_far_step(
-            q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, mix_logit, mask=new, **options
+            q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, logit, mask=new, **options
         )
         out.append(step)
         done += piece
@@ -404,7 +411,7 @@ class TestStep:
             memory = Memory.empty(k, v, mixer, window=4, sinks=3)
             for piece in (1, 1, 5, 40, 1, 3, 100, 1, 1, 1):
                 x = (q[:, :, :piece], k[:, :, :piece], v[:, :, :piece])
-                _, memory = near_far_step(*x, memory, mixer, mix_logit, window=4, sinks=3)
+                _, memory = near_far_step(*x, memory, mixer, mix_logit[:, :, :piece], window=4, sinks=3)
                 sizes.add(memory.nbytes())
         # (2 W + S) keys of D and values of V, and F (V + 1) of state: a batch row and a key head each, 4 bytes.
         assert sizes == {(2 * 2 * (8 + 3) * (4 + 6) * 4, 2 * 2 * 10 * (6 + 1) * 4)}
@@ -431,7 +438,7 @@ class TestStep:
 
 class TestHalfPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("far", ["window", "none", "normalizer", "gate"])
+    @pytest.mark.parametrize("far", ["window", *FAR])
     @pytest.mark.parametrize("form", ["reference", "torch", "step"])
     def test_error(self, form, far, dtype):
         """At most twice that of plain PyTorch in that dtype, both against float64; in fact one rounding."""
@@ -483,8 +490,11 @@ class TestAnyLogitScale:
         raw = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().max() * 0.25
         q = q * 2.0 ** torch.log2(size / key_size / raw).ceil()
         k = k * key_size
-        mixer = Hedgehog(4, 2, 16)  # 16^(-1/4) = 1/2: its products are exact as well
-        mix_logit = torch.tensor([0.5, -0.5, 2.0, 0.0])
+        mixer = Hedgehog(4, 2, 16)
+        with torch.no_grad():
+            for weight in mixer.parameters():
+                weight.copy_(torch.eye(16) / 2)  # its products are exact as well
+        mix_logit = torch.tensor([0.5, -0.5, 2.0, 0.0])[:, None].repeat(2, 1, 29)
         if dtype == torch.float64:
             mixer, mix_logit = mixer.double(), mix_logit.double()
         leaves = [x.to(dtype).requires_grad_(grad) for x in (q, k, v)]
@@ -532,7 +542,7 @@ class TestAnyLogitScale:
             top = expected.abs().max()
             assert worst(actual, expected) <= (1e-10 if dtype == torch.float64 else 1e-4) * max(float(top), 1.0)
 
-    @pytest.mark.parametrize("mix", FAR[1:])
+    @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.parametrize("logit", [-1e4, 1e4])
     @pytest.mark.parametrize("form", ["reference", "torch", "tokens", "uneven"])
     def test_all_logits_alike(self, form, logit, mix):
@@ -551,7 +561,7 @@ class TestAnyLogitScale:
             near = v[0, 0, start : t + 1].mean(0)
             far = v[0, 0, :start].mean(0) if start else near
             for head in range(2):
-                share = float(logit < 0) if mix == "normalizer" else float(mix_logit[head].sigmoid())
+                share = float(logit < 0) if mix == "normalizer" else float(mix_logit[0, head, t].sigmoid())
                 assert_near(out[0, head, t], near + share * (far - near))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -670,7 +680,8 @@ class TestInterface:
 
     def test_hedgehog_starts_as_a_scaled_identity(self):
         mixer = Hedgehog(2, 1, 4, 6)
-        expected = torch.cat([torch.eye(4), torch.eye(4)[:, :2]], dim=1) * 4**-0.25
+        expected = torch.cat([torch.eye(4), torch.eye(4)[:, :2]], dim=1) * mixer.query_weight[0, 0, 0].item()
+        assert 0.5 < expected[0, 0] <= 1.0
         assert all(torch.equal(head, expected) for weight in mixer.parameters() for head in weight)
 
 
@@ -716,7 +727,14 @@ class TestBadInputs:
             ({"sinks": -1}, "sinks -1 is below 0; use 0 for none"),
             ({"mix": "blend"}, "mix 'blend' is unknown; known: normalizer, gate"),
             ({"backend": "cuda"}, "backend 'cuda' is unknown; known: auto, reference, torch, triton"),
-            ({"mix_logit": torch.zeros(2)}, "mix_logit has shape (2,); it needs (4,), one a query head"),
+            (
+                {"mix_logit": torch.zeros(2)},
+                "mix_logit has shape (2,); it needs (4,), one a query head, or (2, 4, 6), one a head and query",
+            ),
+            (
+                {"mix_logit": torch.zeros(2, 4, 1)},
+                "mix_logit has shape (2, 4, 1); it needs (4,), one a query head, or (2, 4, 6), one a head and query",
+            ),
             ({"mask": torch.ones(2, 5).bool()}, "mask has shape (2, 5); it needs (2, 6)"),
             ({"mask": torch.ones(2, 1, 6, 6).bool()}, "mask has shape (2, 1, 6, 6); it needs (2, 6)"),
         ],
