@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
@@ -39,3 +41,18 @@ def peak_bytes(run: Callable[[], None], folder: Path) -> int:
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     assert len(events) > 10
     return max(event["args"]["Total Allocated"] for event in events)
+
+
+class LargestTensor(TorchDispatchMode):
+    """While it is on: the bytes of the largest storage that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .chunked import exponentials
 from .mixers import accumulation_dtype
 
 __all__ = ["softmax_attention"]
@@ -30,8 +31,7 @@ def softmax_attention(
         logits = (part @ k[:, :, :last].transpose(-1, -2)).unflatten(2, (-1, last - first))
         hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu(1)
         logits[..., first:].masked_fill_(hidden, -torch.inf)
-        lse = logits.logsumexp(-1, keepdim=True)
-        weights = (logits - lse).exp_()
-        outs.append((weights.flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, last - first)))
+        weights, total, lse = exponentials(logits)
+        outs.append((weights.flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, last - first)) / total)
         lses.append(lse.squeeze(-1))
     return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
