@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from linearize.config import LinearizeConfig
-from linearize.convert import added_parameters, base_model, convert, is_converted
+from linearize.convert import added_parameters, base_model, convert, is_converted, revert
 from linearize.errors import LinearizeError
 from linearize.families import geometry_of
 
@@ -59,7 +59,8 @@ def save(
         model.save_pretrained(path)
     else:
         if hasattr(model, "peft_config"):
-            model.save_pretrained(path / LORA_FOLDER)
+            # Only the student's own adapter; and peft must not go looking for the original's config.json.
+            model.save_pretrained(path / LORA_FOLDER, selected_adapters=["default"], save_embedding_layers=False)
         save_file(added_weights(model), path / ADAPTER_WEIGHTS)
         inner = base_model(model)
         geometry = geometry_of(inner.config)
@@ -102,7 +103,13 @@ def load(
     if not (path / ADAPTER_CONFIG).is_file():
         return _load_whole(path, base, dtype, device)
     description = _read_description(path)
-    model = _original(description, base, dtype)
+    try:
+        weights = load_file(path / ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise LinearizeError(
+            f"{path / ADAPTER_WEIGHTS}: cannot be read ({str(error).splitlines()[0]}); save the student again"
+        ) from error
+    model = _original(description, base, dtype, device)
     found, wanted = vars(geometry_of(model.config)), description["geometry"]
     if found != wanted or model.config.model_type != description["base_model_type"]:
         raise LinearizeError(
@@ -110,17 +117,12 @@ def load(
             f"that {str(path)!r} was made on; give that original as base"
         )
     convert(model, LinearizeConfig.from_dict(description["conversion"]))
-    try:
-        weights = load_file(path / ADAPTER_WEIGHTS)
-    except (SafetensorError, OSError) as error:
+    expected = {name: x.shape for name, x in added_weights(model).items()}
+    if {name: x.shape for name, x in weights.items()} != expected:
+        revert(model)
         raise LinearizeError(
-            f"{path / ADAPTER_WEIGHTS}: cannot be read ({str(error).splitlines()[0]}); save the student again"
-        ) from error
-    expected = added_weights(model)
-    if weights.keys() != expected.keys():
-        raise LinearizeError(
-            f"{path / ADAPTER_WEIGHTS}: it holds {len(weights)} tensors where the conversion has {len(expected)}; "
-            "the folder mixes files of different students, save it again"
+            f"{path / ADAPTER_WEIGHTS}: its {len(weights)} tensors are not the {len(expected)} of the conversion in "
+            f"{ADAPTER_CONFIG}; the folder mixes files of different students, save it again"
         )
     model.load_state_dict(weights, strict=False)
     if (path / LORA_FOLDER).is_dir():
@@ -146,14 +148,27 @@ def _load_whole(path: Path, base: Any, dtype: torch.dtype | str | None, device: 
         )
     if base is not None:
         raise LinearizeError(f"base: {str(path)!r} is a whole student and needs no original; leave base out")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
+    except (SafetensorError, OSError) as error:
+        raise LinearizeError(
+            f"{str(path)!r}: cannot be read ({str(error).splitlines()[0]}); save the student again"
+        ) from error
     if not is_converted(model):
         raise LinearizeError(f"{str(path)!r}: it is an original, not a student; convert it first")
+    if report["missing_keys"]:
+        raise LinearizeError(
+            f"{str(path)!r}: {len(report['missing_keys'])} weights are missing, {min(report['missing_keys'])} among "
+            "them; save the student again"
+        )
     return model.to(device).eval()
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    description = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    try:
+        description = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LinearizeError(f"{path / ADAPTER_CONFIG}: cannot be read ({error}); save the student again") from error
     if description.get("format") != FORMAT_VERSION:
         raise LinearizeError(
             f"{path / ADAPTER_CONFIG}: format {description.get('format')!r} is not the {FORMAT_VERSION} that this "
@@ -162,7 +177,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _original(description: dict[str, Any], base: Any, dtype: torch.dtype | str | None) -> Any:
+def _original(
+    description: dict[str, Any], base: Any, dtype: torch.dtype | str | None, device: str | torch.device
+) -> Any:
     if base is None:
         base = description["base"]
         if base is None:
@@ -170,9 +187,12 @@ def _original(description: dict[str, Any], base: Any, dtype: torch.dtype | str |
     if isinstance(base, (str, os.PathLike)):
         from linearize.models import load_model
 
-        base, _ = load_model(str(base), dtype=dtype or "auto")
-    elif dtype is not None:
-        base = base.to(dtype)
+        return load_model(str(base), dtype=dtype, device=str(device))[0]
+    if dtype not in (None, "auto"):
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # Weights only, as from_pretrained does: `to` would round the rotary frequencies as well.
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(wanted)
     return base
 
 

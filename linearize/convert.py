@@ -95,6 +95,7 @@ def convert(model: Any, config: LinearizeConfig) -> Any:
         LinearizeError: a model or config that does not fit; the model is then unchanged.
     """
     base = base_model(model)
+    _check_class(base)
     if is_converted(base):
         raise LinearizeError(
             f"model: {type(base).__name__} is converted already ({len(converted_layers(base))} layers); "
@@ -297,6 +298,24 @@ def _refuse_packed(kwargs: dict[str, Any], cache: Any) -> None:
         raise LinearizeError(
             "position_ids: they restart inside a row (packed documents), which converted layers do not support; "
             "give each document its own row, padded, with an attention_mask"
+        )
+
+
+def _check_class(model: Any) -> None:
+    """A causal language model: not its decoder alone, and no head for another task."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise LinearizeError(
+            f"model: {type(model).__name__} is no transformers model; give what "
+            "AutoModelForCausalLM.from_pretrained returns"
+        )
+    family_of(model.config)
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if not isinstance(model, wanted):
+        raise LinearizeError(
+            f"model: {type(model).__name__} is no causal language model; give a {wanted.__name__}, which "
+            "AutoModelForCausalLM.from_pretrained returns"
         )
 
 

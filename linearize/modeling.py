@@ -66,10 +66,14 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 @cache
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`LlamaForCausalLM` -> `LinearizedLlamaForCausalLM`, known to `AutoModelForCausalLM` from here on."""
+    """`LlamaForCausalLM` -> `LinearizedLlamaForCausalLM`, known to `AutoModelForCausalLM` from here on.
+
+    A user's subclass of a family's class gets one too, but `AutoModelForCausalLM` goes on to build the family's.
+    """
     made = _subclass(LinearizedModelMixin, base)
     made.config_class = config_class(base.config_class)
-    AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+    if transformers.MODEL_FOR_CAUSAL_LM_MAPPING[base.config_class] is base:
+        AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
     return made
 
 
