@@ -383,7 +383,7 @@ class TestStep:
         assert memory.state is None or not any(x.requires_grad for x in memory.state)
 
     @pytest.mark.parametrize("padding", PADDING)
-    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("far", FAR[:3])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_gradients_of_one_piece(self, shape, far, padding):
         """Those of the full form: training with a cache, transformers' default, is training."""

@@ -48,6 +48,8 @@ def one_pass(model, tokens, mask=None):
         return model(tokens, use_cache=False, **inputs).logits
 
 
+# Every family with every far side; softmax layers beside converted ones in one family.
+CASES = [(family, far, "none") for family in FAMILIES for far in FAR] + [("qwen2", far, [1]) for far in FAR]
 PIECES = {
     "one": [40],
     "tokens": [1],
@@ -58,9 +60,7 @@ PIECES = {
 
 
 class TestPieces:
-    @pytest.mark.parametrize("kept", ["none", [1]])
-    @pytest.mark.parametrize("far", FAR)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(("family", "far", "kept"), CASES)
     def test_all_alike(self, family, far, kept):
         """Full = token by token = uneven pieces = left-padded = right-padded."""
         student, tokens = make_student(family, far, softmax_layers=kept), make_tokens(3, 40)
@@ -215,9 +215,7 @@ def generate(model, tokens, **options):
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("kept", ["none", [1]])
-    @pytest.mark.parametrize("far", FAR)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(("family", "far", "kept"), CASES)
     def test_greedy(self, family, far, kept):
         student, tokens = make_student(family, far, softmax_layers=kept), make_tokens(2, 19)
         out = generate(student, tokens)
@@ -229,9 +227,7 @@ class TestGenerate:
             text = torch.cat([text, one_pass(student, text)[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(out, text[:, 19:])
 
-    @pytest.mark.parametrize("kept", ["none", [1]])
-    @pytest.mark.parametrize("far", FAR)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(("family", "far", "kept"), CASES)
     def test_left_padded_batch(self, family, far, kept):
         student, tokens = make_student(family, far, softmax_layers=kept), make_tokens(3, 19)
         amounts = [0, 6, 13]

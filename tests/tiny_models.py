@@ -49,7 +49,9 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.7, 1.3)
-    return model.to(dtype).eval()
+            # As from_pretrained does; `model.to(dtype)` would round the rotary frequencies too.
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def randomize_far(model: Any, seed: int = 1) -> Any:
