@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.attention import Observation
-from linearize.kernels.near_far.chunked import far_chunked, far_share, mix_near_far, near_chunked, pad_to_chunks
+from linearize.config import LinearizeConfig
+from linearize.kernels.near_far.chunked import far_chunked, far_log_odds, mix_near_far, near_chunked, pad_to_chunks
 from linearize.kernels.near_far.pack import pack_rows
 from linearize.kernels.near_far.softmax import softmax_attention
 
-__all__ = ["OBJECTIVES", "FarTarget", "calibrated_mix", "decomposed_loss", "output_loss"]
+__all__ = ["OBJECTIVES", "FarTarget", "calibrated_mix", "decomposed_loss", "first_far_query", "output_loss"]
+
+NO_SHARE = -100.0  # log-odds that stand for a far mass of zero in a logarithm
 
 
 class FarTarget:
@@ -32,7 +35,7 @@ class FarTarget:
     def __init__(self, seen: Observation):
         config = seen.layer.linearize_config
         window, sinks, scale = config.window, config.sinks, seen.layer.scaling
-        q, k, v = pack_rows(seen.mask, seen.q, seen.k, seen.v)
+        q, k, v = (x.detach() for x in pack_rows(seen.mask, seen.q, seen.k, seen.v))
         batch, _, length, _ = q.shape
         out, lse = softmax_attention(q, k, v, scale=scale)
         sink_k, sink_v = k[:, :, :sinks], v[:, :, :sinks]
@@ -45,12 +48,16 @@ class FarTarget:
         self.far_log_odds = torch.log1p(-near_share.exp()) - near_share
         position = torch.arange(self.q.shape[2], device=q.device)
         lengths = torch.full((batch,), length, device=q.device) if seen.mask is None else seen.mask.sum(-1)
-        first = max(2 * window, -(-sinks // window) * window + window)
-        self.counted = ((position >= first) & (position < lengths[:, None]))[:, None]
+        self.counted = ((position >= first_far_query(config)) & (position < lengths[:, None]))[:, None]
 
     def mix_logit(self, seen: Observation) -> Tensor:
         """The student's mix for these queries, (B, H, T')."""
         return seen.layer.mix(self.q)
+
+
+def first_far_query(config: LinearizeConfig) -> int:
+    """Position of the first query that has a far key: a key that is no sink, in the chunk before the chunk before."""
+    return (config.sinks // config.window + 2) * config.window
 
 
 def decomposed_loss(seen: Observation) -> Tensor:
@@ -69,9 +76,11 @@ def decomposed_loss(seen: Observation) -> Tensor:
     error = (1 - teacher_near)[..., None] * far - wanted
     far_term = _mean(error.square().sum(-1), counted) / _mean(wanted.square().sum(-1), counted).clamp_min(1e-12)
 
-    student_share = far_share(target.near_lse, log_mass, target.mix_logit(seen), config.mix)
+    # From log-odds: a share that has rounded to 0 or 1 would have no gradient left.
+    student = far_log_odds(target.near_lse, log_mass, target.mix_logit(seen), config.mix)
+    student = student.masked_fill(student == -torch.inf, NO_SHARE)
     teacher_share = 1 - teacher_near
-    mix_term = F.binary_cross_entropy(student_share, teacher_share, reduction="none") - F.binary_cross_entropy(
+    mix_term = F.binary_cross_entropy_with_logits(student, teacher_share, reduction="none") - F.binary_cross_entropy(
         teacher_share, teacher_share, reduction="none"
     )
     return far_term + _mean(mix_term, counted)
@@ -111,8 +120,9 @@ def calibrated_mix(seen: Observation) -> tuple[Tensor, Tensor]:
         weighted = inputs * weight[..., None]
         gram = (inputs.transpose(-1, -2) @ weighted).sum(0)
         moment = (weighted.transpose(-1, -2) @ wanted.masked_fill(~counted, 0.0).double()[..., None]).sum(0)
-        ridge = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        solution = torch.linalg.solve(gram + ridge, moment).squeeze(-1).float()
+        ridge = torch.ones(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        ridge[-1] = 1e-8  # the bias is free: no head starts too loud or too quiet on average
+        solution = torch.linalg.solve(gram + ridge.diag(), moment).squeeze(-1).float()
         return solution[:, :-1], solution[:, -1]
 
 

@@ -16,7 +16,7 @@ from linearize.attention import Observation
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill.data import Batch, TokenStream
 from linearize.distill.loop import Outcome, StepLosses, train
-from linearize.distill.objectives import OBJECTIVES, calibrated_mix
+from linearize.distill.objectives import OBJECTIVES, calibrated_mix, first_far_query
 from linearize.distill.options import TransferOptions
 from linearize.errors import LinearizeError
 from linearize.families import family_of
@@ -36,18 +36,21 @@ def run_transfer(
         accumulation: batches an optimizer step.
 
     Raises:
-        LinearizeError: no layer has a state to train, or rows too short for any token to have left the window.
+        LinearizeError: no layer is converted or has a state to train, or rows too short for any token to have left
+            the window.
     """
     base = base_model(model)
+    switch_of(base)  # an error of its own where nothing is converted
     layers = converted_layers(base)
     parameters = added_parameters(base)
     if not parameters:
         raise LinearizeError("transfer: mixer 'none' has no state to train; convert with mixer 'hedgehog', or skip it")
     config = next(iter(layers.values())).linearize_config
-    if stream.seq_len <= 2 * config.window:
+    needed = first_far_query(config)
+    if stream.seq_len <= needed:
         raise LinearizeError(
             f"data.seq_len: in rows of {stream.seq_len} tokens nothing has left a window of {config.window} (two "
-            f"chunks); use more than {2 * config.window}, better {16 * config.window}"
+            f"chunks) and {config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
         )
     model.requires_grad_(False)
     for parameter in parameters.values():

@@ -147,17 +147,19 @@ def mix_near_far(
 
     near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,), (B, H, T) or None for zeros.
     """
-    return near + far_share(lse, log_mass, mix_logit, mix)[..., None] * (far - near)
+    share = far_log_odds(lse, log_mass, mix_logit, mix).sigmoid()
+    return near + share[..., None] * (far - near)
 
 
-def far_share(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: str) -> Tensor:
-    """r, the weight of the far side: (B, H, T). Arguments as in `mix_near_far`."""
+def far_log_odds(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: str) -> Tensor:
+    """log (r / (1 - r)) of the far share r: (B, H, T), -inf where there is no far mass. Arguments as in
+    `mix_near_far`."""
     if mix_logit is None:
         mix_logit = lse.new_zeros(1)
     logit = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).to(lse.dtype)
     if mix == "normalizer":
-        return (logit + log_mass - lse).sigmoid()
-    return torch.where(log_mass > -torch.inf, logit.sigmoid(), 0.0)
+        return logit + log_mass - lse
+    return torch.where(log_mass > -torch.inf, logit, -torch.inf)
 
 
 def positions(start: int | Tensor, count: int, device: torch.device) -> Tensor:
