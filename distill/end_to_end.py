@@ -27,6 +27,7 @@ from linearize.errors import LinearizeError
 __all__ = ["CONTROL", "STUDENT", "distill_losses", "kl_divergence", "run_distill"]
 
 STUDENT, CONTROL = "default", "control"  # names of the PEFT adapters
+CLIP = 1.0  # gradient norm: one bad batch must not undo a short training
 ROWS_AT_ONCE = 128  # tokens whose logits are in float32 at a time
 
 
@@ -102,6 +103,7 @@ def run_distill(
         accumulation=accumulation,
         device=device,
         lr_scale=mix_lr_scale,
+        clip=CLIP,
     )
     model.requires_grad_(False)
     if control:

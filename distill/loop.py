@@ -22,7 +22,6 @@ from linearize.distill.options import Budget, DistillOptions, TransferOptions
 __all__ = ["FINAL_LR", "Outcome", "learning_rate", "progress_of", "train"]
 
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
-CLIP = 1.0  # global gradient norm; one bad batch must not undo a short training
 
 StepLosses = dict[str, Tensor]
 """What a step reports, each a detached scalar: `loss`, and `layer.N` where layers have losses of their own."""
@@ -68,6 +67,7 @@ def train(
     accumulation: int = 1,
     device: torch.device | str = "cpu",
     lr_scale: Callable[[str], float] = lambda name: 1.0,
+    clip: float | None = None,
 ) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in `folder`/checkpoints/`stage` where there is one.
 
@@ -83,6 +83,7 @@ def train(
         folder: of the run; `train.jsonl` there gets a line every `log_every` steps.
         accumulation: batches an optimizer step.
         lr_scale: factor on the learning rate of a parameter, by its name.
+        clip: limit on the norm of all gradients together; None is no limit.
 
     Returns:
         Steps, tokens and seconds in all, and the reported losses at both ends.
@@ -123,7 +124,8 @@ def train(
                 losses = step(batch, lambda loss: accelerator.backward(loss / accumulation))
                 sums = {key: sums.get(key, 0.0) + x / accumulation for key, x in losses.items()}
                 outcome.tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-            accelerator.clip_grad_norm_(parameters.values(), CLIP)
+            if clip is not None:
+                accelerator.clip_grad_norm_(parameters.values(), clip)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -114,7 +114,13 @@ class Recipe(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for index, (name, _) in enumerate(self.stages):
+        for index, (name, options) in enumerate(self.stages):
+            if name == "distill" and options.train != "lora" and sum(kind == "distill" for kind, _ in self.stages) > 1:
+                raise RecipeError(
+                    f"stages[{index}].distill.train",
+                    f"{list(options.train)} beside another distill stage, whose result would become the teacher; give "
+                    "one distill stage, or train lora in all",
+                )
             if name == "transfer" and self.convert.mixer == "none":
                 raise RecipeError(
                     f"stages[{index}]",

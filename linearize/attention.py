@@ -49,7 +49,8 @@ class Mix(nn.Module):
     """Log-odds of the far side: bias_h + weight_h . q, a linear function of the query for each head.
 
     The far mass that softmax would give, sum exp(scale q.k), moves by orders of magnitude with q; a constant a head
-    cannot follow it. To second order its logarithm is linear in q plus a quadratic form, for keys of any spread.
+    cannot follow it. For keys of mean mu and covariance C its logarithm is, to second order, scale q.mu + scale^2
+    q.C q / 2 and a constant: the linear part is what this adds.
 
     weight: (H, D), bias: (H,), float32; both 0 at the start.
     """

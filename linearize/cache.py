@@ -57,7 +57,10 @@ class NearFarLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Always an error: this layer keeps no list of keys and values to hand out."""
-        raise TypeError("a converted layer's cache has no keys and values to return; its attention calls `step`")
+        raise LinearizeError(
+            "cache: it was made by the converted model, and the original attention needs every key and value; start a "
+            "new cache"
+        )
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""

@@ -23,7 +23,7 @@ class LinearizeConfig:
             between W and 2W - 1 recent tokens.
         sinks: S, how many of a sequence's first tokens stay exact for every query, >= 0.
         mix: how near and far are weighed. `"normalizer"`: one shared softmax denominator, with a learned
-            log-scale on the far side. `"gate"`: a learned sigmoid per head.
+            log-scale on the far side. `"gate"`: a learned sigmoid. Both are a linear function of the query per head.
         softmax_layers: the layers left as they are. `"none"`, `"every:n"` (layers n-1, 2n-1, ...) or layer indices.
         feature_dim: columns of the feature map's projection per head; the state has twice as many rows.
             `None` means the model's head_dim.

@@ -110,7 +110,7 @@ def convert(model: Any, config: LinearizeConfig) -> Any:
     new.__class__ = config_class(type(old))
     setattr(new, CONFIG_KEY, config.to_dict())
     _replace_config(base, old, new)
-    base._linearize_original = (type(base), old)
+    base._linearize_original = (type(base), old, base._keep_in_fp32_modules_strict)
     base.__class__ = model_class(type(base))
     base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix"}
     apply_conversion(base, config)
@@ -150,7 +150,8 @@ def revert(model: Any) -> Any:
     base._linearize[2].remove()
     del base._linearize
     made = type(base)
-    old_class, old_config = base.__dict__.pop("_linearize_original", (made.__mro__[2], None))
+    old_class, old_config, keep_in_float32 = base.__dict__.pop("_linearize_original", (made.__mro__[2], None, set()))
+    base._keep_in_fp32_modules_strict = keep_in_float32
     if old_config is None:  # loaded as a student: the original's config is what is left without the conversion
         from linearize.modeling import CONFIG_KEY
 
@@ -203,7 +204,7 @@ def switch_of(model: Any) -> Switch:
 
 @contextmanager
 def original_attention(model: Any) -> Iterator[Any]:
-    """Inside, the model runs its original attention: the teacher, with the student's own memory of weights.
+    """Inside, the model runs its original attention: the teacher, with the same weights and no copy of them.
 
     Adapters stay as they are: with LoRA that was trained on the student, disable that too.
     """
@@ -220,7 +221,7 @@ def state_off(model: Any) -> Iterator[Any]:
 
 @contextmanager
 def window_off(model: Any) -> Iterator[Any]:
-    """Inside, a query with a state reads nothing else: neither window nor sinks."""
+    """Inside, a query that has a state reads nothing else, neither window nor sinks. The first two chunks have none."""
     with _switched(model, "far_share", 1.0):
         yield model
 
@@ -248,8 +249,8 @@ class _BeforeDecoder:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        mask = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
-        kwargs["near_far_mask"] = mask
+        if self.switch.converted or self.switch.observer is not None:
+            kwargs["near_far_mask"] = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
         if not self.switch.converted:
             return (), kwargs
 
@@ -343,6 +344,11 @@ def _check_attention(attention: nn.Module, index: int, family: Family, geometry:
         raise LinearizeError(
             f"layer {index}: {type(attention).__name__} has {sorted(children | set(own))} but a {family.model_type} "
             f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
+        )
+    if getattr(attention, "layer_idx", None) != index or not isinstance(getattr(attention, "scaling", None), float):
+        raise LinearizeError(
+            f"layer {index}: {type(attention).__name__} has layer_idx {getattr(attention, 'layer_idx', None)!r} and "
+            f"scaling {getattr(attention, 'scaling', None)!r}; a converted layer needs its index and a float"
         )
     for name in (*sizes, "o_proj"):
         proj = getattr(attention, name)

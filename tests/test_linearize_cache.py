@@ -63,7 +63,8 @@ class TestPieces:
     @pytest.mark.parametrize(("family", "far", "kept"), CASES)
     def test_all_alike(self, family, far, kept):
         """Full = token by token = uneven pieces = left-padded = right-padded."""
-        student, tokens = make_student(family, far, softmax_layers=kept), make_tokens(3, 40)
+        student = make_student(family, far, softmax_layers=kept, changes={"num_hidden_layers": 2})
+        tokens = make_tokens(3, 40)
         expected = one_pass(student, tokens)
         for pieces in PIECES.values():
             torch.testing.assert_close(in_pieces(student, pieces, tokens)[0], expected, **LOGITS)
@@ -72,9 +73,8 @@ class TestPieces:
             rows, mask = pad(tokens, amounts, side)
             real = torch.cat([expected[i, : 40 - amount] for i, amount in enumerate(amounts)])
             torch.testing.assert_close(one_pass(student, rows, mask)[mask.bool()], real, **LOGITS)
-            for pieces in ("uneven", "prefill and decode"):
-                got, _ = in_pieces(student, PIECES[pieces], rows, mask)
-                torch.testing.assert_close(got[mask.bool()], real, **LOGITS)
+            got, _ = in_pieces(student, PIECES["uneven"], rows, mask)
+            torch.testing.assert_close(got[mask.bool()], real, **LOGITS)
 
     @pytest.mark.parametrize("kept", [[0], [0, 2]])
     def test_first_layer_kept(self, kept):
@@ -159,8 +159,7 @@ class TestPieces:
 
 
 class TestBytes:
-    @pytest.mark.parametrize("kept", ["none", [1]])
-    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize(("far", "kept"), [("none", "none"), ("normalizer", "none"), ("gate", [1])])
     def test_constant_in_the_context(self, far, kept):
         student = make_student(
             "llama", far, window=16, softmax_layers=kept, feature_dim=None if far == "none" else 8,
@@ -301,7 +300,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("kept", ["none", [1]])
     @pytest.mark.parametrize("padded", [False, True])
-    @pytest.mark.parametrize("size", [1, 5, 8, 50])
+    @pytest.mark.parametrize("size", [5, 8, 50])
     def test_prefill_in_pieces(self, size, padded, kept):
         student, tokens = make_student("llama", "normalizer", softmax_layers=kept), make_tokens(2, 33)
         rows, mask = pad(tokens, [0, 6 if padded else 0], "left")
@@ -409,7 +408,7 @@ class TestBadInputs:
     def test_cache_of_the_student_in_the_original(self):
         student = make_student("llama", "gate")
         _, cache = in_pieces(student, [9], make_tokens(2, 9))
-        with original_attention(student), pytest.raises(TypeError, match="no keys and values to return"):
+        with original_attention(student), pytest.raises(LinearizeError, match="the original attention needs every key"):
             student(make_tokens(2, 1), past_key_values=cache)
 
     def test_cache_of_another_window(self):

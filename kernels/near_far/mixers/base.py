@@ -24,7 +24,8 @@ class State(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers: an additive state. A subclass gives `num_features` and the two feature maps.
+    """Base of all mixers: an additive state. A subclass gives `num_features`, the two feature maps, a constructor
+    `(heads, kv_heads, head_dim, feature_dim)` and `reset_parameters`.
 
     A state that is not a plain sum (decay, delta rule) overrides `scan` and `update` as well: both see whole chunks,
     and no query ever reads a chunk's state before the chunk after next, so neither needs an output inside a chunk.
@@ -32,6 +33,10 @@ class Mixer(nn.Module):
     """
 
     num_features: int
+
+    def reset_parameters(self) -> None:
+        """Set the untrained start."""
+        raise NotImplementedError
 
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q. q: (B, H, T, D) -> (B, H, T, F), >= 0, in the accumulation dtype."""
