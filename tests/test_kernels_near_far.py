@@ -355,7 +355,7 @@ class TestStep:
     )
 
     @pytest.mark.parametrize("kind", ["tokens", "prefill", "uneven", "chunks", "mixed"])
-    @pytest.mark.parametrize("padding", PADDING)
+    @pytest.mark.parametrize("padding", ["full", "left", "holes"])
     @pytest.mark.parametrize("far", FAR)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_equals_full_form(self, shape, far, padding, kind):

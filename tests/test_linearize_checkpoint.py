@@ -225,16 +225,16 @@ def check(student):
     print("same", type(student).__name__)
 """
 PROGRAMS = {
+    # Also a whole model as an object, with its original inside.
     "linearize before transformers": """
 import linearize
 from transformers import AutoConfig, AutoModelForCausalLM
+student = torch.load(folder + "/student.pt", weights_only=False)
 assert AutoConfig.from_pretrained(folder).linearize["window"] == 4
 check(AutoModelForCausalLM.from_pretrained(folder))
-""",
-    # A whole model as an object, with its original inside.
-    "pickle": """
-student = torch.load(folder + "/student.pt", weights_only=False)
-check(student)
+with torch.no_grad():
+    tokens, expected = torch.load(folder + "/expected.pt")
+    assert torch.equal(student(tokens).logits, expected)
 from linearize.convert import converted_layers, original_attention, revert
 assert list(converted_layers(student)) == [0, 1, 2]
 tokens = torch.ones(1, 9, dtype=torch.long)
