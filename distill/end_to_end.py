@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linearize.convert import added_parameters, base_model, original_attention
+from linearize.convert import added_parameters, base_model, original_attention, switch_of
 from linearize.distill.data import Batch, TokenStream
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions
@@ -58,8 +58,10 @@ def run_distill(
         The model, a PeftModel where LoRA was trained, and what the stage did.
 
     Raises:
-        LinearizeError: patterns that match no parameter, or a control without LoRA.
+        LinearizeError: a model that is not converted, patterns that match no parameter, LoRA targets that name no
+            module, a LoRA unlike the one it goes on with, or a control without LoRA.
     """
+    switch_of(model)  # an error of its own where nothing is converted
     stage = stage or ("control" if control else "distill")
     device = base_model(model).get_input_embeddings().weight.device
     lora = options.train == "lora"
@@ -80,7 +82,7 @@ def run_distill(
     else:
         parameters = _chosen(model, options.train)
         frozen = copy.deepcopy(model)
-        teacher = lambda: original_attention(frozen)  # noqa: E731
+        teacher = lambda: _untrained(frozen)  # noqa: E731
     if not control:
         known = {id(p) for p in parameters.values()}
         parameters |= {n: p for n, p in added_parameters(model).items() if id(p) not in known}
@@ -105,9 +107,9 @@ def run_distill(
         lr_scale=mix_lr_scale,
         clip=CLIP,
     )
-    model.requires_grad_(False)
-    if control:
+    if control and STUDENT in model.peft_config:
         model.set_adapter(STUDENT)
+    model.requires_grad_(False)
     return model, outcome
 
 
@@ -186,6 +188,13 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
     """The model with a fresh LoRA adapter, active; an adapter of that name from an earlier stage goes on."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    names = [module_name for module_name, _ in base_model(model).named_modules()]
+    unknown = [x for x in options.lora_targets if not any(f".{known}".endswith(f".{x}") for known in names)]
+    if unknown:
+        known = sorted({leaf for x in names if (leaf := x.rpartition(".")[2]).endswith("_proj")})
+        raise LinearizeError(
+            f"lora_targets: no module is called {', '.join(unknown)}; the model has {', '.join(known)}"
+        )
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
@@ -196,15 +205,26 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
         return get_peft_model(model, config, adapter_name=name)
     if name not in model.peft_config:
         model.add_adapter(name, config)
+    before, now = _lora_settings(model.peft_config[name]), _lora_settings(config)
+    if before != now:
+        raise LinearizeError(
+            f"lora_rank, lora_alpha, lora_targets: {now} differ from {before} of the LoRA that an earlier stage "
+            "trained and this one goes on with; give the stages the same"
+        )
     model.set_adapter(name)
     return model
 
 
+def _lora_settings(config: Any) -> tuple[int, float, list[str]]:
+    return config.r, float(config.lora_alpha), sorted(config.target_modules)
+
+
 @contextmanager
 def _untrained(model: Any) -> Iterator[Any]:
-    """The teacher inside a PeftModel: no adapter, original attention."""
+    """The teacher inside a student: no adapter, original attention."""
     with ExitStack() as stack:
-        stack.enter_context(model.disable_adapter())
+        if hasattr(model, "disable_adapter"):
+            stack.enter_context(model.disable_adapter())
         stack.enter_context(original_attention(model))
         yield model
 

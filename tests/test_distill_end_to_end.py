@@ -1,0 +1,457 @@
+"""End-to-end distillation: its losses, its teacher, what it trains, and the control."""
+
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linearize import LinearizeConfig, LinearizeError, convert, original_attention
+from linearize.convert import added_parameters, base_model
+from linearize.distill import end_to_end
+from linearize.distill.end_to_end import CONTROL, STUDENT, distill_losses, kl_divergence, run_distill
+from linearize.distill.options import Budget, DistillOptions
+from tests.tiny_models import make_model, make_student, make_tokens
+from tests.tiny_training import TokenRows, log_lines
+
+VOCAB = 50
+
+
+def options(steps=3, **changes):
+    return DistillOptions(**({"budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4} | changes))
+
+
+class OneText(TokenRows):
+    """The same batch again and again: what random weights can learn of random tokens in a few steps."""
+
+    def at(self, index):
+        return super().at(0)
+
+
+def snapshot(model):
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def logits_of(model, tokens, **inputs):
+    with torch.no_grad():
+        return model(tokens, **inputs).logits
+
+
+def divergence(logits, teacher):
+    """Mean KL(teacher || student), float64."""
+    p, q = teacher.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """The teacher's logits in every KL that is computed, in order; a step's come twice, for the backward pass too."""
+    calls = []
+
+    def record(mine, wanted, top_k, temperature):
+        calls.append(wanted.detach().clone())
+        return kl_divergence(mine, wanted, top_k, temperature)
+
+    monkeypatch.setattr(end_to_end, "kl_divergence", record)
+    return calls
+
+
+class TestDivergence:
+    def make(self, rows=40, factor=3.0):
+        return factor * torch.randn(rows, VOCAB), factor * torch.randn(rows, VOCAB)
+
+    @pytest.mark.parametrize("temperature", [1.0, 2.5, 0.5])
+    def test_full(self, temperature):
+        mine, wanted = self.make()
+        p, q = (torch.softmax(x.double() / temperature, -1) for x in (wanted, mine))
+        expected = temperature**2 * (p * (p.log() - q.log())).sum(-1)
+        actual = kl_divergence(mine, wanted, None, temperature)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("temperature", [1.0, 2.5])
+    @pytest.mark.parametrize("top_k", [1, 5, VOCAB - 1])
+    def test_top_k_and_one_more_outcome(self, top_k, temperature):
+        mine, wanted = self.make()
+        p, q = (torch.softmax(x.double() / temperature, -1) for x in (wanted, mine))
+        expected = []
+        for row_p, row_q in zip(p, q):
+            listed = row_p.argsort(descending=True)[:top_k]
+            row_p, row_q = (torch.cat([x[listed], 1 - x[listed].sum()[None]]) for x in (row_p, row_q))
+            expected.append(temperature**2 * (row_p * (row_p / row_q).log()).sum())
+        actual = kl_divergence(mine, wanted, top_k, temperature)
+        torch.testing.assert_close(actual, torch.stack(expected).float(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("top_k", [VOCAB, VOCAB + 7])
+    def test_top_k_of_the_whole_vocabulary_is_full(self, top_k):
+        mine, wanted = self.make()
+        assert torch.equal(kl_divergence(mine, wanted, top_k, 1.0), kl_divergence(mine, wanted, None, 1.0))
+
+    def test_less_than_full_never_more(self):
+        mine, wanted = self.make()
+        values = [kl_divergence(mine, wanted, k, 1.0) for k in (1, 5, 20, 49, None)]
+        for coarse, fine in pairwise(values):
+            assert (coarse <= fine + 1e-5).all()
+        assert (values[0] < values[-1] - 0.1).all()
+
+    def test_mass_moved_within_the_tail_does_not_count(self):
+        mine, wanted = self.make()
+        tail = wanted.argsort(-1, descending=True)[:, 5:]
+        moved = mine.scatter(-1, tail, mine.gather(-1, tail).flip(-1))
+        assert not torch.equal(moved, mine)
+        before, after = (kl_divergence(x, wanted, 5, 1.0) for x in (mine, moved))
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+        assert (kl_divergence(moved, wanted, None, 1.0) - kl_divergence(mine, wanted, None, 1.0)).abs().max() > 0.1
+
+    def test_mass_moved_out_of_the_tail_counts_exactly(self):
+        mine, wanted = self.make(factor=1.0)
+        q, p = mine.double().softmax(-1), wanted.double().softmax(-1)
+        first, *_, last = wanted.argsort(-1, descending=True).T
+        amount = 0.5 * q.gather(-1, last[:, None])
+        moved = q.scatter_add(-1, first[:, None], amount).scatter_add(-1, last[:, None], -amount)
+        listed = p.topk(5).indices
+        p_first, p_tail = p.gather(-1, first[:, None]), 1 - p.gather(-1, listed).sum(-1, keepdim=True)
+        q_first, q_tail = q.gather(-1, first[:, None]), 1 - q.gather(-1, listed).sum(-1, keepdim=True)
+        expected = -p_first * (1 + amount / q_first).log() - p_tail * (1 - amount / q_tail).log()
+        change = kl_divergence(moved.log().float(), wanted, 5, 1.0) - kl_divergence(mine, wanted, 5, 1.0)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(change, expected[:, 0].float(), rtol=1e-3, atol=2e-6)
+
+    @pytest.mark.parametrize("top_k", [None, 1, 5])
+    def test_of_oneself_is_zero_with_no_gradient(self, top_k):
+        mine, _ = self.make()
+        mine.requires_grad_(True)
+        value = kl_divergence(mine, mine.detach(), top_k, 1.0)
+        value.sum().backward()
+        assert value.abs().max() < 1e-6
+        assert mine.grad.abs().max() < 1e-6
+
+    @pytest.mark.parametrize("top_k", [None, 3])
+    def test_certain_teachers_and_students_are_finite(self, top_k):
+        certain = torch.full((1, VOCAB), -200.0)
+        certain[:, 7] = 200.0
+        mine, _ = self.make(rows=1)
+        for student, teacher in ((mine, certain), (certain, mine), (certain, certain), (-certain, certain)):
+            student = student.clone().requires_grad_(True)
+            value = kl_divergence(student, teacher, top_k, 1.0)
+            value.sum().backward()
+            assert value.isfinite().all()
+            assert student.grad.isfinite().all()
+        # And a certain teacher's KL is the cross-entropy of its token.
+        expected = F.cross_entropy(mine, torch.tensor([7]))
+        torch.testing.assert_close(kl_divergence(mine, certain, top_k, 1.0)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+class TestLosses:
+    def losses(self, student, batch, **changes):
+        # More rows than are in float32 at a time.
+        return distill_losses(student, lambda: original_attention(student), batch, options(**changes), nullcontext())
+
+    @pytest.mark.parametrize("padded", [None, [0, 9, 20, 61]])
+    def test_formulas(self, padded):
+        student = make_student("llama", "normalizer")
+        batch = TokenRows(4, 64, padded).at(0)
+        losses = self.losses(student, batch, kl_weight=0.7, ce_weight=0.4)
+        teacher, mine = make_model("llama"), student
+        kl, ce = [], []
+        for row, tokens in enumerate(batch["input_ids"]):
+            length = 64 if padded is None else 64 - padded[row]
+            tokens = tokens[None, :length]
+            p, q = logits_of(teacher, tokens), logits_of(mine, tokens)
+            kl += [divergence(q[:, t], p[:, t]) for t in range(length)]
+            ce.append(F.cross_entropy(q[0, :-1].double(), tokens[0, 1:], reduction="none"))
+        assert len(kl) > end_to_end.ROWS_AT_ONCE
+        expected = {"kl": torch.stack(kl).mean(), "ce": torch.cat(ce).mean()}
+        expected["loss"] = 0.7 * expected["kl"] + 0.4 * expected["ce"]
+        assert losses.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(losses[key], expected[key].float(), rtol=1e-4, atol=1e-5)
+
+    def test_only_what_is_asked_for(self):
+        student, batch = make_student("llama", "normalizer"), TokenRows(1, 40).at(0)
+        assert self.losses(student, batch).keys() == {"loss", "kl"}
+
+        def no_teacher():
+            raise AssertionError("cross-entropy asks no teacher")
+
+        losses = distill_losses(student, no_teacher, batch, options(kl_weight=0.0, ce_weight=1.0), nullcontext())
+        assert losses.keys() == {"loss", "ce"}
+        assert losses["loss"] == losses["ce"]
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_has_no_influence(self, side):
+        student = make_student("llama", "normalizer")
+        student.requires_grad_(False)
+        weight = student.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
+        batch = TokenRows(3, 40, [0, 6, 13], side).at(0)
+        other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), 77)}
+        found = []
+        for one in (batch, other):
+            losses = self.losses(student, one, ce_weight=1.0)
+            found.append((*losses.values(), *torch.autograd.grad(losses["loss"], weight)))
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+
+    @pytest.mark.parametrize("top_k", [None, 10])
+    def test_a_window_that_covers_all_has_nothing_to_learn(self, top_k):
+        student = make_student("llama", "normalizer", window=40)
+        losses = self.losses(student, TokenRows(2, 40).at(0), top_k=top_k)
+        assert losses["kl"].abs() < 1e-6
+        assert self.losses(make_student("llama", "normalizer"), TokenRows(2, 40).at(0), top_k=top_k)["kl"] > 0.1
+
+    def test_by_rows_is_all_at_once(self):
+        """The value and the gradient of the mean, whatever the number of rows at a time."""
+        mine, wanted = torch.randn(300, VOCAB, requires_grad=True), torch.randn(300, VOCAB)
+        by_rows = end_to_end._by_rows(lambda a, b: kl_divergence(a, b, None, 1.0), mine, wanted)
+        once = kl_divergence(mine, wanted, None, 1.0).mean()
+        torch.testing.assert_close(by_rows, once)
+        for a, b in zip(torch.autograd.grad(by_rows, mine), torch.autograd.grad(once, mine)):
+            torch.testing.assert_close(a, b)
+
+
+class TestLora:
+    @pytest.mark.parametrize("mix", ["normalizer", "gate"])
+    def test_teaches(self, mix, tmp_path):
+        student = convert(make_model("llama"), LinearizeConfig(window=8, sinks=2, mix=mix))
+        tokens = OneText(2, 64).at(0)["input_ids"]
+        teacher = logits_of(make_model("llama"), tokens)
+        before = divergence(logits_of(student, tokens), teacher)
+        student, outcome = run_distill(student, OneText(2, 64), options(30), tmp_path)
+        assert outcome.first["kl"] == pytest.approx(float(before), rel=1e-4)
+        assert outcome.last["kl"] < 0.5 * outcome.first["kl"]
+        assert divergence(logits_of(student, tokens), teacher) < 0.3 * before
+        assert outcome.first.keys() == {"loss", "kl"}
+        assert [line["stage"] for line in log_lines(tmp_path)] == ["distill"] * 4
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_all_other_weights_stay_bit_for_bit(self, dtype, tmp_path):
+        student = make_student("llama", "normalizer", dtype)
+        before, added = snapshot(student), snapshot_of(added_parameters(student))
+        model, _ = run_distill(student, TokenRows(2, 40), options(), tmp_path)
+        after = {name.replace(".base_layer.", "."): x for name, x in base_model(model).state_dict().items()}
+        assert [name for name, x in before.items() if name not in added and not torch.equal(x, after[name])] == []
+        assert all(not torch.equal(x, after[name]) for name, x in added.items())
+        lora = {name: x for name, x in after.items() if ".lora_" in name}
+        assert len(lora) == 3 * 4 * 2
+        assert all(x.dtype == torch.float32 and x.any() and x.isfinite().all() for x in lora.values())
+        assert after.keys() == before.keys() | lora.keys()
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_the_teacher_is_the_original_throughout(self, taught, tmp_path):
+        student = make_student("llama", "normalizer")
+        model, _ = run_distill(student, TokenRows(2, 40), options(3, lr=0.1), tmp_path)
+        expected = [logits_of(make_model("llama"), TokenRows(2, 40).at(i)["input_ids"]).flatten(0, 1) for i in range(3)]
+        assert len(taught) == 6
+        assert all(torch.equal(got, expected[index // 2]) for index, got in enumerate(taught))
+        # The LoRA that the teacher must not have does change what the same weights say.
+        with original_attention(model):
+            assert (logits_of(model, make_tokens(1, 40)) - logits_of(make_model("llama"), make_tokens(1, 40))).any()
+
+    def test_no_second_model(self, tmp_path):
+        student = make_student("llama", "normalizer")
+        pointers = {p.data_ptr() for p in student.parameters()}
+        model, _ = run_distill(student, TokenRows(1, 40), options(1), tmp_path)
+        assert base_model(model) is student
+        assert {p.data_ptr() for n, p in model.named_parameters() if ".lora_" not in n} == pointers
+
+    def test_a_later_stage_goes_on_with_the_same_adapter(self, taught, tmp_path):
+        student = make_student("llama", "normalizer")
+        model, _ = run_distill(student, TokenRows(1, 40), options(2), tmp_path)
+        before = snapshot(model)
+        again, outcome = run_distill(model, TokenRows(1, 40), options(2), tmp_path, stage="distill-2")
+        assert again is model
+        assert list(model.peft_config) == [STUDENT]
+        assert snapshot(model).keys() == before.keys()
+        assert any(not torch.equal(x, before[name]) for name, x in snapshot(model).items() if ".lora_" in name)
+        assert {line["stage"] for line in log_lines(tmp_path)} == {"distill", "distill-2"}
+        assert outcome.steps == 2
+        expected = logits_of(make_model("llama"), TokenRows(1, 40).at(0)["input_ids"])[0]
+        assert torch.equal(taught[-3], expected) or torch.equal(taught[-4], expected)
+
+    def test_ranks_and_targets_are_those_asked_for(self, tmp_path):
+        model, _ = run_distill(
+            make_student("llama", "normalizer"),
+            TokenRows(1, 40),
+            options(1, lora_rank=3, lora_alpha=6.0, lora_targets=["v_proj", "up_proj"]),
+            tmp_path,
+        )
+        names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+        assert len(names) == 6
+        assert {name.split(".lora_A")[0].rpartition(".")[2] for name in names} == {"v_proj", "up_proj"}
+        assert all(p.shape[0] == 3 for name, p in model.named_parameters() if ".lora_A." in name)
+        assert model.peft_config[STUDENT].lora_alpha == 6.0
+
+    def test_a_padded_stream(self, tmp_path):
+        model, outcome = run_distill(
+            make_student("llama", "gate"), TokenRows(2, 40, [0, 15]), options(2, ce_weight=0.5, top_k=8), tmp_path
+        )
+        assert outcome.tokens == 2 * (40 + 25)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert outcome.first.keys() == {"loss", "kl", "ce"}
+
+
+def snapshot_of(parameters):
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+class TestChosen:
+    def test_trains_what_matches_and_mixers(self, tmp_path):
+        student = make_student("llama", "normalizer")
+        before, added = snapshot(student), added_parameters(student)
+        patterns = ("*.mlp.up_proj.*", "model.layers.?.self_attn.o_proj.weight")
+        model, outcome = run_distill(student, TokenRows(2, 40), options(train=patterns), tmp_path)
+        assert model is student
+        changed = {name for name, x in student.state_dict().items() if not torch.equal(x, before[name])}
+        chosen = {f"model.layers.{i}.{name}.weight" for i in range(3) for name in ("mlp.up_proj", "self_attn.o_proj")}
+        assert changed == chosen | added.keys()
+        assert not any(p.requires_grad for p in student.parameters())
+        assert outcome.steps == 3
+
+    def test_the_teacher_is_a_frozen_copy(self, taught, tmp_path):
+        student = make_student("llama", "normalizer")
+        run_distill(student, TokenRows(2, 40), options(3, lr=0.1, train=["*"]), tmp_path)
+        expected = [logits_of(make_model("llama"), TokenRows(2, 40).at(i)["input_ids"]).flatten(0, 1) for i in range(3)]
+        assert len(taught) == 6
+        assert all(torch.equal(got, expected[index // 2]) for index, got in enumerate(taught))
+        with original_attention(student):
+            now = logits_of(student, make_tokens(1, 40))
+        assert (now - logits_of(make_model("llama"), make_tokens(1, 40))).abs().max() > 0.1
+
+    def test_after_lora_the_teacher_is_still_the_original(self, taught, tmp_path):
+        student = make_student("llama", "normalizer")
+        model, _ = run_distill(student, TokenRows(2, 40), options(2, lr=0.1), tmp_path)
+        taught.clear()
+        rows = TokenRows(2, 40)
+        model, _ = run_distill(model, rows, options(1, train=["*.mlp.*"]), tmp_path, stage="distill-2")
+        assert torch.equal(taught[0], logits_of(make_model("llama"), rows.at(0)["input_ids"]).flatten(0, 1))
+        assert logits_of(model, make_tokens(1, 40)).isfinite().all()
+
+    def test_teaches(self, tmp_path):
+        student = convert(make_model("llama"), LinearizeConfig(window=8, sinks=2))
+        _, outcome = run_distill(student, OneText(2, 64), options(30, lr=3e-3, train=["*.self_attn.*"]), tmp_path)
+        assert outcome.last["kl"] < 0.5 * outcome.first["kl"]
+
+
+class TestControl:
+    def test_trains_the_original_in_an_adapter_of_its_own(self, tmp_path):
+        student, _ = run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), options(2), tmp_path)
+        before, tokens = snapshot(student), make_tokens(2, 40)
+        said = logits_of(student, tokens)
+        model, outcome = run_distill(student, TokenRows(2, 40), options(2), tmp_path, control=True)
+        assert list(model.peft_config) == [STUDENT, CONTROL]
+        assert model.active_adapter == STUDENT
+        assert not any(p.requires_grad for p in model.parameters())
+        after = snapshot(model)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert after.keys() - before.keys() == {n.replace(".default.", ".control.") for n in before if ".lora_" in n}
+        assert torch.equal(logits_of(model, tokens), said)
+        # It learns the text, from where the original stands.
+        batch = TokenRows(2, 40).at(0)["input_ids"]
+        teacher = logits_of(make_model("llama"), batch)
+        expected = F.cross_entropy(teacher[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        assert outcome.first["ce"] == pytest.approx(float(expected), rel=1e-5)
+        assert outcome.first.keys() == {"loss", "ce"}
+        assert log_lines(tmp_path)[-1]["stage"] == "control"
+
+    def test_its_lora_changes_the_original_and_teaches_it(self, tmp_path):
+        model, outcome = run_distill(make_student("llama", "normalizer"), OneText(2, 40), options(1), tmp_path)
+        model, outcome = run_distill(model, OneText(2, 40), options(30, ce_weight=0.0), tmp_path, control=True)
+        batch = OneText(2, 40).at(0)["input_ids"]
+        original = logits_of(make_model("llama"), batch)
+        model.set_adapter(CONTROL)
+        with original_attention(model):
+            trained = logits_of(model, batch)
+        assert (trained - original).abs().max() > 0.1
+        losses = [F.cross_entropy(x[:, :-1].flatten(0, 1), batch[:, 1:].flatten()) for x in (trained, original)]
+        assert losses[0] < 0.9 * losses[1]
+        assert outcome.last["ce"] < 0.95 * outcome.first["ce"]
+        # Without it the original is what it was.
+        with model.disable_adapter(), original_attention(model):
+            assert torch.equal(logits_of(model, batch), original)
+
+    def test_training_the_student_on_leaves_the_control_alone(self, tmp_path):
+        model, _ = run_distill(make_student("llama", "normalizer"), TokenRows(1, 40), options(1), tmp_path)
+        model, _ = run_distill(model, TokenRows(1, 40), options(2), tmp_path, control=True)
+        before = snapshot(model)
+        model, _ = run_distill(model, TokenRows(1, 40), options(2), tmp_path, stage="distill-2")
+        after = snapshot(model)
+        control = [name for name in before if ".control." in name]
+        assert len(control) == 3 * 4 * 2
+        assert all(torch.equal(before[name], after[name]) for name in control)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert any(".default." in name for name in changed)
+
+    def test_of_a_student_without_lora(self, tmp_path):
+        student = make_student("llama", "normalizer")
+        before = snapshot(student)
+        model, outcome = run_distill(student, TokenRows(1, 40), options(2), tmp_path, control=True)
+        assert outcome.steps == 2
+        assert list(model.peft_config) == [CONTROL]
+        after = {name.replace(".base_layer.", "."): x for name, x in base_model(model).state_dict().items()}
+        assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+    def test_with_cross_entropy_asked_for_both_terms_stay(self, tmp_path):
+        _, outcome = run_distill(
+            make_student("llama", "normalizer"), TokenRows(1, 40), options(2, ce_weight=0.3), tmp_path, control=True
+        )
+        assert outcome.first.keys() == {"loss", "kl", "ce"}
+        assert abs(outcome.first["kl"]) < 1e-6
+
+
+class TestRefusals:
+    def refused(self, tmp_path, student, control=False, **changes):
+        before = snapshot(student)
+        with pytest.raises(LinearizeError) as error:
+            run_distill(student, TokenRows(1, 40), options(**changes), tmp_path, control=control)
+        assert snapshot(student).keys() == before.keys()
+        assert not list(tmp_path.iterdir())
+        return str(error.value)
+
+    def test_a_pattern_that_matches_nothing(self, tmp_path):
+        message = self.refused(tmp_path, make_student("llama", "none"), train=["*.mlp.*", "*.mpl.*"])
+        assert message == (
+            "stages: train pattern '*.mpl.*' matches no parameter; names look like 'model.embed_tokens.weight'"
+        )
+
+    def test_half_precision(self, tmp_path):
+        message = self.refused(tmp_path, make_student("llama", "none", torch.bfloat16), train=["*.mlp.up_proj.*"])
+        assert message == (
+            "stages: 'model.layers.0.mlp.up_proj.weight' is torch.bfloat16, which swallows small updates; set dtype "
+            "to float32, or train with lora"
+        )
+
+    def test_half_precision_weights_with_float32_mixers_chosen(self, tmp_path):
+        student = make_student("llama", "normalizer", torch.bfloat16)
+        before, added = snapshot(student), added_parameters(student)
+        run_distill(student, TokenRows(1, 40), options(2, train=["*.mixer.*"]), tmp_path)
+        changed = {name for name, x in student.state_dict().items() if not torch.equal(x, before[name])}
+        assert changed == added.keys()
+
+    def test_control_without_lora(self, tmp_path):
+        message = self.refused(tmp_path, make_student("llama", "none"), control=True, train=["*.mlp.*"])
+        assert message == (
+            "stages: a control is trained with LoRA only, and train is ['*.mlp.*']; set train to lora, or "
+            "evaluate.control to false"
+        )
+
+    @pytest.mark.parametrize("train", ["lora", ("*.mlp.*",)])
+    def test_a_model_that_is_not_converted(self, train, tmp_path):
+        message = self.refused(tmp_path, make_model("llama"), train=train)
+        assert message == "model: LlamaForCausalLM is not converted; call linearize.convert first"
+
+    def test_lora_targets_that_match_nothing(self, tmp_path):
+        message = self.refused(tmp_path, make_student("llama", "none"), lora_targets=["q_proj", "q_porj", "w_pack"])
+        assert message == (
+            "lora_targets: no module is called q_porj, w_pack; the model has down_proj, gate_proj, k_proj, o_proj, "
+            "q_proj, up_proj, v_proj"
+        )
+
+    def test_a_lora_unlike_the_earlier_stages(self, tmp_path):
+        model, _ = run_distill(make_student("llama", "none"), TokenRows(1, 40), options(1), tmp_path)
+        with pytest.raises(LinearizeError) as error:
+            run_distill(model, TokenRows(1, 40), options(1, lora_rank=7, lora_targets=["q_proj"]), tmp_path, stage="2")
+        assert str(error.value) == (
+            "lora_rank, lora_alpha, lora_targets: (7, 16.0, ['q_proj']) differ from (4, 16.0, ['k_proj', 'o_proj', "
+            "'q_proj', 'v_proj']) of the LoRA that an earlier stage trained and this one goes on with; give the stages "
+            "the same"
+        )
