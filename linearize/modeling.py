@@ -13,11 +13,10 @@ import json
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from linearize.attention import ConvertedAttention
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import family_of
@@ -52,10 +51,19 @@ class LinearizedModelMixin:
         super().__init__(config, *args, **kwargs)
         apply_conversion(self, LinearizeConfig.from_dict(getattr(config, CONFIG_KEY)))
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ConvertedAttention):
-            module.reset_parameters()
+    def initialize_weights(self) -> None:
+        """Also what conversion added, where a checkpoint did not hold it; transformers marks the weights it loaded."""
+        from linearize.convert import converted_layers
+
+        super().initialize_weights()
+        for layer in converted_layers(self).values():
+            added = [p for module in (layer.mixer, layer.mix) if module is not None for p in module.parameters()]
+            loaded = {p: p.detach().clone() for p in added if getattr(p, "_is_hf_initialized", False)}
+            if len(loaded) < len(added):
+                layer.reset_parameters()
+                with torch.no_grad():
+                    for parameter, value in loaded.items():
+                        parameter.copy_(value)
 
 
 @cache
