@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
     """Time of the longest run over that of the shortest, each at its best of at least 4 rounds.
 
-    Other programs can only make a run slower, so rounds go on (16 at most) while the best ones exceed `limit`.
+    Other programs can only make a run slower, so rounds go on (40 at most) while the best ones exceed `limit`.
     """
     best = dict.fromkeys(runs, float("inf"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for done in range(1, 17):
+        for done in range(1, 41):
             for size, run in runs.items():
                 start = time.thread_time()
                 run()

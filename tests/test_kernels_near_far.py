@@ -21,7 +21,7 @@ from linearize.kernels.near_far import (
     near_far_step,
 )
 from linearize.kernels.near_far.chunked import near_far_chunked
-from tests.cost import growth_of_time, peak_bytes
+from tests.cost import LargestTensor, growth_of_time, peak_bytes
 from tests.tolerance import assert_near, worst
 
 FAR = ("none", "normalizer", "gate", "one a head")
@@ -422,6 +422,7 @@ class TestStep:
         """And exact: sums of hundreds of tokens in bfloat16 would be off by percents."""
         shape = (1, 2, 1, 403, 4, 6, 4, 3, 5)
         q, k, v, mixer, mix_logit = make_inputs(shape, dtype)
+        assert {x.dtype for x in Memory.empty(k, v, mixer, window=4, sinks=3).state} == {torch.float32}
         with torch.no_grad():
             out, memory = in_steps(
                 piece_lengths(pieces, 403, 4), q, k, v, mixer, mix_logit, window=4, sinks=3, mix="normalizer"
@@ -467,7 +468,7 @@ class TestHalfPrecision:
     @pytest.mark.parametrize("backend", ["reference", "torch"])
     def test_exponentials_and_products_are_float32(self, backend):
         q, k, v, mixer, mix_logit = make_inputs(SHAPES[5], torch.bfloat16, grad=True)
-        with Recorder() as record:
+        with ResultDtypes() as record:
             near_far_attention(q, k, v, mixer, mix_logit, window=3, sinks=1, backend=backend)
         watched = ("exp", "_softmax", "logsumexp", "log", "sigmoid", "bmm")
         made = {op: dtypes for op, dtypes in record.dtypes.items() if op.split(".")[1] in watched}
@@ -564,6 +565,45 @@ class TestAnyLogitScale:
                 share = float(logit < 0) if mix == "normalizer" else float(mix_logit[0, head, t].sigmoid())
                 assert_near(out[0, head, t], near + share * (far - near))
 
+    @pytest.mark.parametrize("exponent", [10, 40, 80])
+    @pytest.mark.parametrize("form", ["reference", "torch", "tokens", "uneven"])
+    def test_small_far_masses_count(self, form, exponent):
+        """Features that hardly overlap: a far mass of about e^-exponent, which a large mix_logit brings back."""
+        q, k, v, mixer, _ = make_inputs((1, 2, 1, 29, 2, 3, 4, 0, 2), torch.float32)
+        with torch.no_grad():
+            for weight in mixer.parameters():
+                weight.copy_(torch.eye(2))
+        q, k = torch.zeros_like(q), torch.zeros_like(k)
+        q[..., 0], k[..., 1] = exponent, exponent
+        mix_logit = torch.full((1, 2, 29), exponent - 1.0)
+        options = {"window": 4, "sinks": 0}
+        truth = by_hand(q.double(), k.double(), v.double(), mixer, mix_logit, **options)
+        window_only = by_hand(q.double(), k.double(), v.double(), **options)
+        assert (truth - window_only)[:, :, 8:].abs().max() > 0.1
+        with torch.no_grad():
+            if form in ("reference", "torch"):
+                out = near_far_attention(q, k, v, mixer, mix_logit, **options, backend=form)
+            else:
+                out, _ = in_steps(piece_lengths(form, 29, 4), q, k, v, mixer, mix_logit, mix="normalizer", **options)
+        assert_near(out, truth.float())
+
+    @pytest.mark.parametrize("mix", MIXES)
+    @pytest.mark.parametrize("form", ["reference", "torch", "tokens", "uneven"])
+    def test_no_far_mass_is_no_far_term(self, form, mix):
+        """Features that do not overlap at all, whatever mix_logit says."""
+        q, k, v, *_ = make_inputs((1, 2, 1, 29, 2, 3, 4, 0, 2), torch.float32)
+        mixer = Functional(Hedgehog(2, 1, 2), {})
+        mixer.query_features = lambda q: torch.eye(4)[0].expand(*q.shape[:3], 4)
+        mixer.key_features = lambda k: torch.eye(4)[1].expand(*k.shape[:3], 4)
+        mix_logit = torch.full((1, 2, 29), 30.0)
+        options = {"window": 4, "sinks": 0}
+        with torch.no_grad():
+            if form in ("reference", "torch"):
+                out = near_far_attention(q, k, v, mixer, mix_logit, mix=mix, **options, backend=form)
+            else:
+                out, _ = in_steps(piece_lengths(form, 29, 4), q, k, v, mixer, mix_logit, mix=mix, **options)
+        assert_near(out, by_hand(q, k, v, **options))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("far", FAR)
     @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -580,20 +620,16 @@ class TestAnyLogitScale:
         torch.testing.assert_close(out.float(), wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-class Recorder(TorchDispatchMode):
-    """Watches every operation: the largest storage it made, in bytes, and the dtypes of its results."""
+class ResultDtypes(TorchDispatchMode):
+    """While it is on: the dtypes of every operation's results, by its name."""
 
     def __init__(self):
         super().__init__()
-        self.largest = 0
         self.dtypes: dict[str, set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-                self.dtypes.setdefault(str(func), set()).add(x.dtype)
+        self.dtypes.setdefault(str(func), set()).update(x.dtype for x in tree_leaves(out) if isinstance(x, Tensor))
         return out
 
 
@@ -623,9 +659,9 @@ class TestLinearCost:
     def test_no_tensor_of_length_squared(self, far):
         largest = {}
         for length, run in self.runs(far).items():
-            with Recorder() as record:
+            with LargestTensor() as record:
                 run()
-            largest[length] = record.largest
+            largest[length] = record.bytes
         assert largest[4096] <= 4.1 * largest[1024]
         # The widest is near weights: 2 W + S a query.
         assert largest[4096] <= 1.1 * 4 * self.H * 4096 * (2 * self.W + self.S)

@@ -127,15 +127,27 @@ class TestWhole:
         save(merged, tmp_path)
         assert_same(load(tmp_path), merged)
 
-    def test_initialisation_without_a_checkpoint(self):
-        """`from_config` builds an untrained student: the mixers at their start, not at transformers' random one."""
+    def test_untrained_start(self):
+        """`from_config` builds what `convert` does, not transformers' random weights."""
         config = make_student("llama", "gate").config
         made = AutoModelForCausalLM.from_config(config)
         fresh = convert(make_model("llama"), LinearizeConfig(window=4, sinks=2))
         for layer, expected in zip(converted_layers(made).values(), converted_layers(fresh).values(), strict=True):
-            for name, value in layer.mixer.named_parameters():
-                assert torch.equal(value, expected.mixer.get_parameter(name))
-            assert all(bool((x == 0).all()) for x in layer.mix.parameters())
+            for module in ("mixer", "mix"):
+                for name, value in getattr(layer, module).named_parameters():
+                    assert torch.equal(value, getattr(expected, module).get_parameter(name))
+
+    def test_missing_weights_start_untrained(self, tmp_path):
+        """transformers only warns of them; they must not be whatever was in memory."""
+        student = make_student("llama", "gate")
+        save(student, tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        missing = {name for name in weights if ".mix" in name and ("layers.1" in name or "query_weight" in name)}
+        kept = {name: value for name, value in weights.items() if name not in missing}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        fresh = convert(make_model("llama"), LinearizeConfig(window=4, sinks=2)).state_dict()
+        for name, value in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
+            assert torch.equal(value, fresh[name] if name in missing else student.state_dict()[name]), name
 
 
 class TestAdapter:

@@ -9,7 +9,7 @@ from torch import nn
 import linearize
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention, revert, state_off, window_off
 from linearize.convert import converted_layers, is_converted, plan_layers, switch_of
-from tests.cost import growth_of_time, peak_bytes
+from tests.cost import LargestTensor, growth_of_time, peak_bytes
 from tests.tiny_models import (
     FAMILIES,
     FAR,
@@ -334,6 +334,19 @@ class TestConversion:
         with torch.no_grad():
             assert torch.equal(student(inputs_embeds=embedded).logits, logits(student, tokens))
 
+    @pytest.mark.parametrize("far", FAR)
+    def test_scale_of_the_model_itself(self, far):
+        """Not the usual head_dim^(-1/2)."""
+        teacher, tokens = make_model("llama"), make_tokens(2, 33)
+        plain = logits(teacher, tokens)
+        for layer in teacher.model.layers:
+            layer.self_attn.scaling = 0.7
+        expected = logits(teacher, tokens)
+        assert (expected - plain).abs().max() > 0.1
+        options = {"mixer": "none"} if far == "none" else {"mix": far}
+        student = randomize_far(convert(teacher, LinearizeConfig(window=33, sinks=2, **options)))
+        torch.testing.assert_close(logits(student, tokens), expected, **LOGITS)
+
     def test_feature_dim(self):
         student = make_student("llama", "normalizer", feature_dim=5)
         assert converted_layers(student)[0].mixer.query_weight.shape == (4, 16, 5)
@@ -415,6 +428,12 @@ class TestTraining:
         peak = {length: peak_bytes(step, tmp_path) for length, step in runs.items()}
         assert peak[4096] <= 5 * peak[1024]
         assert growth_of_time(runs, limit=5) <= 5
+        largest = {}
+        for length, step in runs.items():
+            with LargestTensor() as record:
+                step()
+            largest[length] = record.bytes
+        assert largest[4096] <= 5 * largest[1024]
 
 
 class TestPeft:
