@@ -39,15 +39,17 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    if partial.exists():
+        shutil.rmtree(partial)
     partial.mkdir()
     save_file({name: p.detach().contiguous() for name, p in parameters.items()}, partial / "weights.safetensors")
     save_file(_moments(parameters, optimizer), partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for file in partial.iterdir():
         _to_disk(file)
+    _to_disk(partial)
+    if final.exists():
+        shutil.rmtree(final)
     os.replace(partial, final)
     _to_disk(folder)
     for other in folder.iterdir():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from linearize.distill import checkpoints
 from linearize.distill.data import Batch, TokenStream
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
+from linearize.errors import LinearizeError
 
 __all__ = ["FINAL_LR", "Outcome", "learning_rate", "progress_of", "train"]
 
@@ -71,8 +72,8 @@ def train(
 ) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in `folder`/checkpoints/`stage` where there is one.
 
-    A stage that was killed and called again ends with the weights of one that was not, but for a budget in minutes,
-    which counts only the time since the checkpoint that it went on from.
+    A stage that was killed and called again ends with the weights of one that was not, but for a budget in minutes:
+    the time between the last checkpoint and the kill does not count.
 
     Args:
         stage: its name in the log and among the checkpoints.
@@ -87,6 +88,9 @@ def train(
 
     Returns:
         Steps, tokens and seconds in all, and the reported losses at both ends.
+
+    Raises:
+        LinearizeError: a checkpoint that cannot be used, or a loss that is no number.
     """
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(
@@ -105,13 +109,16 @@ def train(
         outcome = Outcome(**state["outcome"])
     log.keep(outcome.steps)
 
+    saved_steps = outcome.steps
+
     def save() -> None:
+        nonlocal saved_steps, saved_at
         state = {"stream": stream.state_dict(), "outcome": vars(outcome)}
         checkpoints.write(saved, outcome.steps, parameters, optimizer, state)
+        saved_steps, saved_at = outcome.steps, time.perf_counter()
 
     start = time.perf_counter() - outcome.seconds
     saved_at = time.perf_counter()
-    resumed = outcome.steps
     with _progress(stage) as bar:
         task = bar.add_task(stage, total=1.0, loss="-", speed="-", left="-")
         while (done := progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)) < 1:
@@ -124,6 +131,12 @@ def train(
                 losses = step(batch, lambda loss: accelerator.backward(loss / accumulation))
                 sums = {key: sums.get(key, 0.0) + x / accumulation for key, x in losses.items()}
                 outcome.tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+            reported = {key: float(x) for key, x in sums.items()}
+            if not math.isfinite(reported["loss"]):
+                raise LinearizeError(
+                    f"{stage}: the loss is {reported['loss']} at step {outcome.steps + 1}; lower lr ({options.lr}), or "
+                    "set dtype to float32"
+                )
             if clip is not None:
                 accelerator.clip_grad_norm_(parameters.values(), clip)
             optimizer.step()
@@ -131,7 +144,6 @@ def train(
 
             outcome.steps += 1
             outcome.seconds = time.perf_counter() - start
-            reported = {key: float(x) for key, x in sums.items()}
             _follow(outcome, reported)
             done = progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)
             speed = outcome.tokens / outcome.seconds
@@ -141,8 +153,7 @@ def train(
             bar.update(task, completed=done, loss=f"{reported['loss']:.4f}", speed=f"{speed:.0f}", left=_minutes(left))
             if time.perf_counter() - saved_at > 60 * options.checkpoint_minutes:
                 save()
-                saved_at = time.perf_counter()
-    if outcome.steps > resumed:
+    if outcome.steps > saved_steps:
         save()
     return outcome
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from linearize.errors import LinearizeError
-from tests.tiny_models import make_tokens, pad
+from tests.tiny_models import make_student, make_tokens, pad
 
 
 class TokenRows:
@@ -78,7 +78,7 @@ def kill_while_training(child: multiprocessing.Process, folder: Path, chance: ra
 
     deadline = time.monotonic() + 120
     # A child that goes on drops the lines after its checkpoint first: only lines that come on top of those count.
-    enough = logged() + chance.randint(1, 6)
+    enough = logged() + chance.randint(1, 5)
     while logged() < enough and child.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(chance.random() * 0.05)
@@ -93,3 +93,29 @@ def chance_of_now() -> random.Random:
     seed = time.time_ns() % 10**9
     print(f"seed {seed}, process {os.getpid()}")
     return random.Random(seed)
+
+
+def train_student(kind: str, folder: Path, steps: int) -> None:
+    """A whole stage, "transfer" or "distill", on a tiny student, with a checkpoint at every step; the weights go to
+    `folder`/final.safetensors. For children."""
+    from safetensors.torch import save_file
+
+    from linearize.distill.end_to_end import run_distill
+    from linearize.distill.options import Budget, DistillOptions, TransferOptions
+    from linearize.distill.transfer import run_transfer
+
+    torch.set_num_threads(1)
+    shared: dict[str, Any] = {
+        "budget": Budget(steps=steps),
+        "lr": 1e-2,
+        "checkpoint_minutes": 1e-6,
+        "log_every": 1,
+    }
+    student = make_student("llama", "normalizer")
+    if kind == "transfer":
+        run_transfer(student, TokenRows(1, 32), TransferOptions(**shared), folder)
+    else:
+        # LoRA starts from random numbers: another process has others unless the checkpoint brings them.
+        torch.manual_seed(time.time_ns() % 10**9 if (folder / "checkpoints").exists() else 0)
+        student, _ = run_distill(student, TokenRows(1, 32), DistillOptions(**shared, lora_rank=2), folder)
+    save_file({name: p.detach().clone() for name, p in student.named_parameters()}, folder / "final.safetensors")
