@@ -95,9 +95,9 @@ class TestBudget:
                 return super().step(batch, backward)
 
         start = time.perf_counter()
-        outcome = Slow().train(tmp_path, options(minutes=0.3 / 60, steps=1000))
-        assert 2 <= outcome.steps <= 15
-        assert 0.3 <= outcome.seconds <= time.perf_counter() - start
+        outcome = Slow().train(tmp_path, options(minutes=0.4 / 60, steps=1000))
+        assert 1 <= outcome.steps <= 20
+        assert 0.4 <= outcome.seconds <= time.perf_counter() - start
 
     def test_padding_is_no_token(self, tmp_path):
         outcome = Toy(TokenRows(2, LENGTH, [0, 6])).train(tmp_path, options(tokens=27))
@@ -556,14 +556,15 @@ class TestKill:
     def test_killed_again_and_again_the_weights_are_those_of_one_run(self, kind, tmp_path):
         chance = chance_of_now()
         whole, cut = tmp_path / "whole", tmp_path / "cut"
+        killed = 0
         for kill in range(self.KILLS):
-            steps = kill_while_training(in_child(train_student, kind, cut, self.STEPS), cut, chance)
-            print(f"killed after {steps} steps:", *sorted(p.name for p in cut.glob("checkpoints/*/*")))
-            if kill == 1:
+            killed += kill_while_training(in_child(train_student, kind, cut, self.STEPS), cut, chance)
+            if kill == 0:
                 # What a kill in the middle of a write leaves behind, if none of these happened to.
                 partial = cut / "checkpoints" / kind / "partial-00000099"
-                partial.mkdir()
+                partial.mkdir(parents=True)
                 (partial / "weights.safetensors").write_bytes(b"half")
+        assert killed  # on a fast machine the last ones may come too late
         finish(train_student, kind, cut, self.STEPS)
         finish(train_student, kind, whole, self.STEPS)
         actual, expected = (load_file(folder / "final.safetensors") for folder in (cut, whole))
