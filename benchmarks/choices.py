@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def multiple_choice(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> 
         sequences += [(number, c, prefix + ending, len(prefix)) for c, ending in enumerate(endings)]
     sequences.sort(key=lambda sequence: len(sequence[2]), reverse=True)  # the largest batch first: out of memory early
     scores = [[0.0] * len(item.choices) for item in items]
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = cast(Any, model.config).get_text_config().vocab_size
     with inference(model):
         while sequences:
             size = max(1, min(16, LOGITS_AT_ONCE // (len(sequences[0][2]) * vocabulary)))

@@ -7,7 +7,7 @@ token are scored. The negative log-likelihood (NLL, nats) is float32 whatever th
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def perplexity(model: nn.Module, tokens: Tensor, seq_len: int, batch_size: int |
     """
     sequences = cut_sequences(tokens, seq_len)
     if batch_size is None:
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = cast(Any, model.config).get_text_config().vocab_size
         batch_size = max(1, min(8, LOGITS_AT_ONCE // (seq_len * vocabulary)))
     rows = []
     with inference(model):

@@ -305,8 +305,8 @@ def _training(log: list[dict[str, Any]], drawn: bool) -> str:
             continue
         if per_layer:
             layers = list(per_layer[0])
-            ends = [[float(losses[layer]) for layer in layers] for losses in (per_layer[0], per_layer[-1])]
-            svg = plots.plot_layers(f"layers{index}", *ends, layers)
+            start, end = ([float(losses[layer]) for layer in layers] for losses in (per_layer[0], per_layer[-1]))
+            svg = plots.plot_layers(f"layers{index}", start, end, layers)
             figures.append((svg, f"{stage}: loss of each layer at the first and the last logged step."))
         if len(records) > 1:
             svg = plots.plot_loss(f"loss{index}", [r["tokens"] for r in records], [r["loss"] for r in records])

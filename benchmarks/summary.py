@@ -121,7 +121,9 @@ def _against_original(perplexity: dict[str, Any]) -> Sentence:
     rows = perplexity["rows"]
     ours, theirs = rows[STUDENT]["ppl"], rows[BASELINE]["ppl"]
     text = f"Perplexity of the student: {number(ours)}, of the original: {number(theirs)}"
-    sign = _sign(difference(perplexity, STUDENT, BASELINE))
+    pair = difference(perplexity, STUDENT, BASELINE)
+    assert pair is not None, "an evaluation compares every row with the original"
+    sign = _sign(pair)
     if sign is None:
         return Sentence("open", f"{text}; one sequence cannot tell whether that is a difference.")
     if sign == 0:

@@ -59,8 +59,9 @@ def write(
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return max(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), default=None)
+    paths = folder.glob("step-*") if folder.is_dir() else ()
+    steps = {path: int(name[1]) for path in paths if (name := _NAME.fullmatch(path.name))}
+    return max(steps, key=steps.__getitem__, default=None)
 
 
 def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

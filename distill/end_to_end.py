@@ -74,7 +74,7 @@ def run_distill(
         # KL to oneself is 0 from the start: the control of pure distillation learns from the text itself.
         options = replace(options, kl_weight=0.0, ce_weight=1.0)
     model.requires_grad_(False)
-    if lora:
+    if options.train == "lora":
         name = CONTROL if control else STUDENT
         model = _with_lora(model, options, name)
         parameters = {n: p for n, p in model.named_parameters() if f".{name}." in n}

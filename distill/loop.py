@@ -109,7 +109,7 @@ def train(
         outcome = Outcome(**state["outcome"])
     log.keep(outcome.steps)
 
-    saved_steps = outcome.steps
+    saved_steps, saved_at = outcome.steps, time.perf_counter()
 
     def save() -> None:
         nonlocal saved_steps, saved_at
@@ -118,7 +118,6 @@ def train(
         saved_steps, saved_at = outcome.steps, time.perf_counter()
 
     start = time.perf_counter() - outcome.seconds
-    saved_at = time.perf_counter()
     with _progress(stage) as bar:
         task = bar.add_task(stage, total=1.0, loss="-", speed="-", left="-")
         while (done := progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)) < 1:

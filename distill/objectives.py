@@ -52,6 +52,7 @@ class FarTarget:
 
     def mix_logit(self, seen: Observation) -> Tensor:
         """The student's mix for these queries, (B, H, T')."""
+        assert seen.layer.mix is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
         return seen.layer.mix(self.q)
 
 
@@ -130,10 +131,9 @@ OBJECTIVES = {"decomposed": decomposed_loss, "output": output_loss}
 
 
 def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
-    config = seen.layer.linearize_config
-    far, log_mass, _ = far_chunked(
-        target.q, target.k, target.v, seen.layer.mixer, window=config.window, sinks=config.sinks
-    )
+    config, mixer = seen.layer.linearize_config, seen.layer.mixer
+    assert mixer is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
+    far, log_mass, _ = far_chunked(target.q, target.k, target.v, mixer, window=config.window, sinks=config.sinks)
     return far, log_mass
 
 

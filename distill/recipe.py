@@ -115,7 +115,8 @@ class Recipe(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, (name, options) in enumerate(self.stages):
-            if name == "distill" and options.train != "lora" and sum(kind == "distill" for kind, _ in self.stages) > 1:
+            end_to_end = sum(kind == "distill" for kind, _ in self.stages)
+            if isinstance(options, DistillOptions) and options.train != "lora" and end_to_end > 1:
                 raise RecipeError(
                     f"stages[{index}].distill.train",
                     f"{list(options.train)} beside another distill stage, whose result would become the teacher; give "

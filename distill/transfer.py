@@ -103,8 +103,10 @@ def calibrate(model: Any, batch: Batch) -> None:
 
     def set_mix(seen: Observation) -> None:
         weight, bias = calibrated_mix(seen)
-        seen.layer.mix.weight.data.copy_(weight)
-        seen.layer.mix.bias.data.copy_(bias)
+        mix = seen.layer.mix
+        assert mix is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
+        mix.weight.data.copy_(weight)
+        mix.bias.data.copy_(bias)
 
     observe(model, batch, set_mix)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from linearize.cache import NearFarLayer
 from linearize.config import LinearizeConfig
 from linearize.families import Family, Geometry
-from linearize.kernels.near_far import MIXERS, near_far_attention
+from linearize.kernels.near_far import MIXERS, Mixer, near_far_attention
 
 __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
@@ -73,6 +73,16 @@ class ConvertedAttention(nn.Module):
     it shares the weights, runs when the conversion is switched off, and is what `revert` puts back.
     """
 
+    # Adopted; later perhaps wrapped in an adapter. The norms exist only where `qk_norm` is true.
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    mixer: Mixer | None
+    mix: Mix | None
+
     def __init__(
         self,
         original: nn.Module,
@@ -82,9 +92,9 @@ class ConvertedAttention(nn.Module):
         switch: Switch,
     ):
         super().__init__()
-        self.layer_idx: int = original.layer_idx
+        self.layer_idx = cast(int, original.layer_idx)
         self.head_dim = geometry.head_dim
-        self.scaling: float = original.scaling
+        self.scaling = cast(float, original.scaling)
         self.linearize_config = config
         self.qk_norm = family.qk_norm
         self.switch = switch
@@ -96,7 +106,7 @@ class ConvertedAttention(nn.Module):
         self.mix = None
         mixer_class = MIXERS[config.mixer]
         if mixer_class is not None:
-            with torch.device(original.q_proj.weight.device):
+            with torch.device(self.q_proj.weight.device):
                 self.mixer = mixer_class(geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim)
                 self.mix = Mix(geometry.heads, geometry.head_dim)
 
@@ -147,7 +157,7 @@ class ConvertedAttention(nn.Module):
                 **kwargs,
             )
         q, k, v = self._project(hidden_states, position_embeddings)
-        options = {
+        options: dict[str, Any] = {
             "window": self.linearize_config.window,
             "sinks": self.linearize_config.sinks,
             "mix": self.linearize_config.mix,

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,11 +107,11 @@ def convert(model: Any, config: LinearizeConfig) -> Any:
 
     old = base.config
     new = copy.deepcopy(old)
-    new.__class__ = config_class(type(old))
+    new.__class__ = config_class(old.__class__)
     setattr(new, CONFIG_KEY, config.to_dict())
     _replace_config(base, old, new)
     base._linearize_original = (type(base), old, base._keep_in_fp32_modules_strict)
-    base.__class__ = model_class(type(base))
+    base.__class__ = model_class(base.__class__)
     base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix"}
     apply_conversion(base, config)
     return model
@@ -121,14 +121,14 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     """Swap the attention modules and install the hook that hands them masks and caches. For `convert` and loading."""
     family, geometry = family_of(model.config), geometry_of(model.config)
     switch = Switch()
-    layers = model.get_submodule(family.layers)
+    layers = cast(nn.ModuleList, model.get_submodule(family.layers))
     indices = [layer.index for layer in plan_layers(model.config, config) if layer.converted]
     for index in indices:
         original = getattr(layers[index], family.attention)
         setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
     hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
-    model._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
+    cast(Any, model)._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def revert(model: Any) -> Any:
@@ -257,7 +257,7 @@ class _BeforeDecoder:
         cache = kwargs.get("past_key_values")
         _refuse_packed(kwargs, cache)
         use_cache = kwargs.get("use_cache")
-        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        use_cache = cast(Any, decoder.config).use_cache if use_cache is None else use_cache
         if cache is not None:
             install_layers(cache, self.layers)
         elif use_cache and not (decoder.training and getattr(decoder, "gradient_checkpointing", False)):

@@ -166,11 +166,13 @@ class Job:
             self._progress["streams"].setdefault(stage, stream.state_dict())
             self._write_progress()
             torch.manual_seed(self.recipe.seed + index)  # new weights do not depend on whether a run was cut in two
-            shared = {"accumulation": self.recipe.gradient_accumulation}
+            accumulation = self.recipe.gradient_accumulation
             if isinstance(options, DistillOptions):
-                model, outcome = run_distill(model, stream, options, self.folder, stage=stage, **shared)
+                model, outcome = run_distill(
+                    model, stream, options, self.folder, stage=stage, accumulation=accumulation
+                )
             else:
-                outcome = run_transfer(model, stream, options, self.folder, **shared)
+                outcome = run_transfer(model, stream, options, self.folder, accumulation=accumulation)
             _say(stage, outcome)
         if self.whole and hasattr(model, "peft_config"):
             model = model.merge_and_unload()

@@ -11,7 +11,7 @@ In memory `config.model_type` stays the family's name, which peft and others loo
 
 import json
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -28,8 +28,15 @@ CONFIG_KEY = "linearize"
 FORMAT_VERSION = 1
 _PREFIX = "Linearized"
 
+# What `_subclass` puts behind the mixins, for type checkers.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _ConfigBase
+    from transformers import PreTrainedModel as _ModelBase
+else:
+    _ConfigBase = _ModelBase = object
 
-class LinearizedConfigMixin:
+
+class LinearizedConfigMixin(_ConfigBase):
     """A family's config with the conversion in it, under the key `linearize`."""
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -39,7 +46,7 @@ class LinearizedConfigMixin:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-class LinearizedModelMixin:
+class LinearizedModelMixin(_ModelBase):
     """A family's causal language model that converts itself when it is built."""
 
     # Exponentials and far log-scales need float32 under half-precision weights.
@@ -78,7 +85,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     A user's subclass of a family's class gets one too, but `AutoModelForCausalLM` goes on to build the family's.
     """
-    made = _subclass(LinearizedModelMixin, base)
+    made: Any = _subclass(LinearizedModelMixin, base)
     made.config_class = config_class(base.config_class)
     if transformers.MODEL_FOR_CAUSAL_LM_MAPPING[base.config_class] is base:
         AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
@@ -120,7 +127,7 @@ class SavedStudentConfig(PreTrainedConfig):
                 f"config.json: format {written!r} of the conversion is not the {FORMAT_VERSION} that this version of "
                 "linearize reads; install the version that wrote it"
             )
-        base = type(AutoConfig.for_model(base_type))
+        base = AutoConfig.for_model(base_type).__class__
         family_of(AutoConfig.for_model(base_type))
         model_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[base])
         return config_class(base).from_dict(values | {"model_type": base_type, CONFIG_KEY: conversion}, **kwargs)

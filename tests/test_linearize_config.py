@@ -55,5 +55,7 @@ def test_messages(settings, message):
 
 
 def test_layer_outside_the_model():
-    with pytest.raises(LinearizeError, match="layer 6 is out of range, the model has layers 0 to 5; name layers inside"):
+    with pytest.raises(
+        LinearizeError, match="layer 6 is out of range, the model has layers 0 to 5; name layers inside"
+    ):
         LinearizeConfig(softmax_layers=[6]).kept_layers(6)

@@ -58,8 +58,8 @@ class Memory:
     def map(self, fn) -> "Memory":
         """A memory whose every tensor is `fn` of this one's: reordering rows, moving to a device."""
         state = None if self.state is None else State(*(fn(x) for x in self.state))
-        tensors = (fn(x) for x in (self.near_k, self.near_v, self.sink_k, self.sink_v))
-        return Memory(*tensors, state, fn(self.lengths), self.uniform)
+        near_k, near_v, sink_k, sink_v = (fn(x) for x in (self.near_k, self.near_v, self.sink_k, self.sink_v))
+        return Memory(near_k, near_v, sink_k, sink_v, state, fn(self.lengths), self.uniform)
 
     def nbytes(self) -> tuple[int, int]:
         """(bytes of the near window and the sinks, bytes of the state)."""
@@ -87,10 +87,9 @@ def near_far_step(
     The returned memory may share storage with the given one, which must not be used again. No gradient flows into
     earlier calls.
     """
-    options = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
-        return _one_token(q, k, v, memory, mixer, mix_logit, **options)
-    return _many_tokens(q, k, v, memory, mixer, mix_logit, mask=mask, **options)
+        return _one_token(q, k, v, memory, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale)
+    return _many_tokens(q, k, v, memory, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask)
 
 
 def _many_tokens(
@@ -113,7 +112,7 @@ def _many_tokens(
     uniform = memory.uniform if mask is None else None
     start: int | Tensor = _start(memory.lengths if uniform is None else uniform, window)
     filled = (memory.lengths if uniform is None else uniform) - start
-    longest = int((filled + counts).max()) if uniform is None else filled + new
+    longest = int((filled + counts).max()) if isinstance(filled, Tensor) else filled + new
     longest = max(longest, 2 * window)
 
     q_new, k_new, v_new = pack_rows(mask, q, k, v)
@@ -210,6 +209,7 @@ def _one_token(
         out = out + weights[..., :shown] @ sink_v.to(dtype)
     out, lse = (out / total).flatten(1, 2)[:, :, None], lse.flatten(1, 2)
     if mixer is not None and (uniform is None or start > 0):
+        assert memory.state is not None, "a memory made for a mixer has a state"
         phi_q = mixer.query_features(q).view(q.shape[0], kv_heads, heads // kv_heads, -1)
         far, log_mass = mixer.read(memory.state, phi_q)
         far, log_mass = far.flatten(1, 2)[:, :, None], log_mass.flatten(1, 2)[:, :, None]
@@ -221,6 +221,7 @@ def _fold(memory: Memory, mixer: Mixer | None, full: bool | Tensor, start: int |
     """Older chunk into the state, newer chunk to the front, in the rows where both are full."""
     keep = None if isinstance(full, bool) else full[:, None, None, None]
     if mixer is not None:
+        assert memory.state is not None, "a memory made for a mixer has a state"
         phi_k = mixer.key_features(memory.near_k[:, :, :window])
         kept = positions(start, window, phi_k.device) >= sinks
         phi_k = phi_k * kept[:, None, :, None]
