@@ -20,7 +20,7 @@ from linearize.distill.data import Batch, TokenStream
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.errors import LinearizeError
 
-__all__ = ["FINAL_LR", "Outcome", "learning_rate", "progress_of", "train"]
+__all__ = ["FINAL_LR", "Outcome", "learning_rate", "make_optimizer", "progress_of", "train"]
 
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
 
@@ -57,6 +57,14 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
     return peak * (FINAL_LR + (1 - FINAL_LR) * cosine)
 
 
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay. `train` sets the learning rate, times `lr_scale` of a parameter's name."""
+    groups = [{"params": [p], "scale": lr_scale(name)} for name, p in parameters.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def train(
     stage: str,
     step: Callable[[Batch, Callable[[Tensor], None]], StepLosses],
@@ -69,6 +77,7 @@ def train(
     device: torch.device | str = "cpu",
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     clip: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in `folder`/checkpoints/`stage` where there is one.
 
@@ -85,6 +94,8 @@ def train(
         accumulation: batches an optimizer step.
         lr_scale: factor on the learning rate of a parameter, by its name.
         clip: limit on the norm of all gradients together; None is no limit.
+        optimizer: what `make_optimizer` returned for these parameters, for a step that updates on its own as well;
+            None makes one.
 
     Returns:
         Steps, tokens and seconds in all, and the reported losses at both ends.
@@ -93,12 +104,8 @@ def train(
         LinearizeError: a checkpoint that cannot be used, or a loss that is no number.
     """
     accelerator = Accelerator()
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "scale": lr_scale(name)} for name, p in parameters.items()],
-        lr=options.lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
+    if optimizer is None:
+        optimizer = make_optimizer(parameters, lr_scale)
     saved = folder / "checkpoints" / stage
     log = _Log(folder / "train.jsonl", stage)
     outcome = Outcome()

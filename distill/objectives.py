@@ -61,14 +61,15 @@ def first_far_query(config: LinearizeConfig) -> int:
     return (config.sinks // config.window + 2) * config.window
 
 
-def decomposed_loss(seen: Observation) -> Tensor:
+def decomposed_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
     """Far error under the teacher's own mix, plus the mix's own error.
 
     mean |(1 - rho) (o_state - o_far)|^2 / mean |(1 - rho) o_far|^2  +  KL(far share of teacher || of student)
 
     The first term can be lowered by the state alone; the second by the mix (and by log n under "normalizer").
+    `target` is the teacher's side where it is known already; None computes it.
     """
-    target = FarTarget(seen)
+    target = target or FarTarget(seen)
     far, log_mass = _student_far(seen, target)
     config = seen.layer.linearize_config
     counted = target.counted
@@ -87,9 +88,9 @@ def decomposed_loss(seen: Observation) -> Tensor:
     return far_term + _mean(mix_term, counted)
 
 
-def output_loss(seen: Observation) -> Tensor:
-    """mean |o_student - o|^2 / mean |o|^2 of the attention outputs, before the output projection."""
-    target = FarTarget(seen)
+def output_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
+    """mean |o_student - o|^2 / mean |o|^2 of the attention outputs, before the output projection. `target` as above."""
+    target = target or FarTarget(seen)
     far, log_mass = _student_far(seen, target)
     out = mix_near_far(
         target.near, target.near_lse, far, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix

@@ -124,6 +124,7 @@ class TransferOptions(Record):
     Attributes:
         budget: when the stage ends.
         objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
+        local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
         checkpoint_minutes: minutes between checkpoints.
@@ -132,7 +133,8 @@ class TransferOptions(Record):
 
     budget: Budget = field(metadata=_BUDGET_HINT)
     objective: Literal["decomposed", "output"] = "decomposed"
-    lr: float = option(1e-2, above=0)
+    local_steps: int = option(1, least=1)
+    lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)
     checkpoint_minutes: float = option(2.0, above=0)
     log_every: int = option(10, least=1)

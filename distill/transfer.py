@@ -15,8 +15,8 @@ from torch import Tensor
 from linearize.attention import Observation
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill.data import Batch, TokenStream
-from linearize.distill.loop import Outcome, StepLosses, train
-from linearize.distill.objectives import OBJECTIVES, calibrated_mix, first_far_query
+from linearize.distill.loop import Outcome, StepLosses, make_optimizer, train
+from linearize.distill.objectives import OBJECTIVES, FarTarget, calibrated_mix, first_far_query
 from linearize.distill.options import TransferOptions
 from linearize.errors import LinearizeError
 from linearize.families import family_of
@@ -57,19 +57,30 @@ def run_transfer(
         parameter.requires_grad_(True)
     device = base.get_input_embeddings().weight.device
 
+    if options.local_steps > 1 and accumulation > 1:
+        raise LinearizeError(
+            f"gradient_accumulation: {accumulation} with {options.local_steps} local_steps would update between the "
+            "batches of a step; set one of them to 1"
+        )
+    optimizer = make_optimizer(parameters, mix_lr_scale)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
     position = stream.state_dict()
     calibrate(base, {key: x.to(device) for key, x in next(stream).items()})
     stream.load_state_dict(position)
     outcome = train(
         "transfer",
-        lambda batch, backward: transfer_step(base, batch, options.objective, backward),
+        lambda batch, backward: transfer_step(base, batch, options.objective, backward, update, options.local_steps),
         parameters,
         stream,
         options,
         folder,
         accumulation=accumulation,
         device=device,
-        lr_scale=mix_lr_scale,
+        optimizer=optimizer,
     )
     model.requires_grad_(False)
     return outcome
@@ -80,16 +91,32 @@ def mix_lr_scale(name: str) -> float:
     return 0.1 if name.endswith(".mix.weight") else 1.0
 
 
-def transfer_step(model: Any, batch: Batch, objective: str, backward: Callable[[Tensor], None]) -> StepLosses:
-    """One batch: the losses of all layers, each back-propagated into its own mixer and mix."""
+def transfer_step(
+    model: Any,
+    batch: Batch,
+    objective: str,
+    backward: Callable[[Tensor], None],
+    update: Callable[[], None] = lambda: None,
+    local_steps: int = 1,
+) -> StepLosses:
+    """One batch: the losses of all layers, each back-propagated into its own mixer and mix.
+
+    With `local_steps` > 1 a layer learns from what it saw that many times while it is at hand: `update` applies the
+    gradients that there are, the layer's own, before each further loss. The last gradients are left to the caller.
+    The losses are those of the first look.
+    """
     loss_of = OBJECTIVES[objective]
     losses: StepLosses = {}
 
     def learn(seen: Observation) -> None:
-        with torch.enable_grad():
-            loss = loss_of(seen)
-            backward(loss)
-        losses[f"layer.{seen.layer.layer_idx}"] = loss.detach()
+        target = FarTarget(seen)
+        for step in range(local_steps):
+            if step:
+                update()
+            with torch.enable_grad():
+                loss = loss_of(seen, target)
+                backward(loss)
+            losses.setdefault(f"layer.{seen.layer.layer_idx}", loss.detach())
 
     observe(model, batch, learn)
     return {"loss": torch.stack(list(losses.values())).mean()} | losses
