@@ -219,7 +219,7 @@ class BenchOptions(Record):
     """What is measured about speed.
 
     Attributes:
-        contexts: tokens in the cache when decoding starts.
+        contexts: tokens in the cache when decoding starts; 3 are the least that leave room to warm up.
         decode_tokens: tokens decoded in one repeat.
         repeats: interleaved repeats, of which the median is reported.
         batch: sequences decoded at once.
@@ -227,7 +227,7 @@ class BenchOptions(Record):
             rows alike; `None` is no limit.
     """
 
-    contexts: tuple[int, ...] = option((1024, 4096, 8192), least=1)
+    contexts: tuple[int, ...] = option((1024, 4096, 8192), least=3)
     decode_tokens: int = option(16, least=1)
     repeats: int = option(5, least=1)
     batch: int = option(1, least=1)

@@ -4,8 +4,12 @@ Nothing heavy is imported here: torch and transformers load inside the commands 
 """
 
 import os
+import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +17,7 @@ import typer
 
 from linearize._version import __version__
 from linearize.config import MIXERS, MIXES, LinearizeConfig
-from linearize.console import OneLineErrors, note, parse_tokens
+from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
 from linearize.errors import LinearizeError
 
 __all__ = ["app", "main"]
@@ -30,7 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against the original.")
+bench_app = typer.Typer(
+    cls=PlainGroup,
+    no_args_is_help=True,
+    help="Measure speed and memory against the original.",
+    epilog="Example: linearize bench decode runs/demo/student --contexts 1k,8k",
+)
 app.add_typer(bench_app, name="bench")
 
 
@@ -46,7 +55,9 @@ Model = Annotated[
         help="A folder, a hub name, path/to/file.gguf or package://package/file.gguf; a student's folder too.",
     ),
 ]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a preset: demo, default, ...")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a preset: demo, default or window-only.")
+]
 Mixer = Annotated[str, typer.Option(help=f"What becomes of tokens that leave the window: {', '.join(MIXERS)}.")]
 Window = Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")]
 Sinks = Annotated[int, typer.Option(help="How many of the first tokens stay exact.")]
@@ -63,6 +74,10 @@ Settings = Annotated[
 ]
 Teacher = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The original, instead of the recipe's.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="runs/NAME-OF-RECIPE if left out.")]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="The JSON; if left out, in the folder of the student's run, else here."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -81,7 +96,7 @@ def _options(
     """Options before the command. `OneLineErrors` itself takes --debug off the command line."""
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def inspect(
     model: Model,
     mixer: Mixer = DEFAULT.mixer,
@@ -118,7 +133,7 @@ def inspect(
         print_inspection(plan)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the converted model.")],
@@ -144,10 +159,11 @@ def convert(
     print(f"{plan.converted} of {len(plan.layers)} layers converted, untrained; saved in {out}")
     if config.mixer != "none":
         note("The state is untrained, so quality is poor. This converts the original again and teaches the student:")
-        note(f"  linearize distill default --model {model} --set 'data.sources.0.path=texts/*.txt'")
+        words = ["--model", model, "--set", "data.sources.0.path=texts/*.txt", *_settings(config)]
+        note(f"  linearize distill default {shlex.join(words)}")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def distill(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
     """Convert a model and teach it; the student is saved in OUT/student. Goes on where an interrupted run ended.
 
@@ -156,11 +172,11 @@ def distill(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, se
     _job(recipe, model, out, set_, parts=("student",))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def run(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
     """The whole job of one recipe: convert, teach, evaluate, bench, report. Goes on where an interrupted run ended.
 
-    Example: linearize run demo --out runs/demo --set stages.0.transfer.budget.minutes=1
+    Example: linearize run demo --out runs/short --set stages.0.transfer.budget.minutes=1
     """
     from linearize.job import PARTS
 
@@ -179,7 +195,7 @@ def _job(name: str, model: str | None, out: Path | None, settings: list[str] | N
         print(path)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def evaluate(
     model: Model,
     base: Base = None,
@@ -189,14 +205,14 @@ def evaluate(
     choices: Annotated[Path | None, typer.Option(help="Multiple choice: jsonl of query, choices, gold.")] = None,
     choices_limit: Annotated[int, typer.Option(help="How many of the items are read.")] = 100,
     needle: Annotated[str, typer.Option(help="Haystack lengths in tokens, or none.")] = "256,512,1024",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the JSON goes.")] = Path("evaluate.json"),
+    out: ResultFile = None,
     dtype: DType = "auto",
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
     """Measure quality: the original, window + sinks, the student, the student with its state or window off.
 
-    Example: linearize evaluate runs/demo/student --text held_out.txt --out runs/demo/evaluate.json
+    Example: linearize evaluate runs/demo/student --tokens 16384
     """
     from linearize.distill.options import EvaluateOptions
 
@@ -212,11 +228,11 @@ def evaluate(
     from linearize.tables import print_evaluation
     from linearize.tasks import evaluate_model
 
-    print_evaluation(evaluate_model(model, base, options, out, dtype, device, seed))
-    note(f"written: {out}")
+    with _result_file(model, out, "evaluate.json") as file:
+        print_evaluation(evaluate_model(model, base, options, file, dtype, device, seed))
 
 
-@bench_app.command("decode")
+@bench_app.command("decode", cls=PlainCommand)
 def bench_decode(
     model: Model,
     base: Base = None,
@@ -225,7 +241,7 @@ def bench_decode(
     repeats: Annotated[int, typer.Option(help="Interleaved repeats, of which the median is shown.")] = 5,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     minutes: Annotated[float | None, typer.Option(help="Stop in time, and leave out contexts that do not fit.")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the JSON goes.")] = Path("bench.json"),
+    out: ResultFile = None,
     dtype: DType = "auto",
     device: Device = None,
     seed: Seed = 0,
@@ -240,11 +256,11 @@ def bench_decode(
     from linearize.tasks import bench_model
 
     options = {"contexts": lengths, "decode_tokens": decode_tokens, "repeats": repeats, "batch": batch}
-    print_bench(bench_model(model, base, options | {"max_minutes": minutes}, out, dtype, device, seed))
-    note(f"written: {out}")
+    with _result_file(model, out, "bench.json") as file:
+        print_bench(bench_model(model, base, options | {"max_minutes": minutes}, file, dtype, device, seed))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder: evaluate.json, bench.json, ...")],
 ) -> None:
@@ -257,7 +273,7 @@ def report(
     print(write_report(folder))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],
@@ -290,6 +306,39 @@ def _config(
     if all(part.removeprefix("-").isdecimal() for part in parts):
         layers = [int(part) for part in parts]
     return LinearizeConfig(mixer, window, sinks, mix, layers, feature_dim)
+
+
+def _settings(config: LinearizeConfig) -> list[str]:
+    """The options that give a recipe this conversion: those in which it is not the default."""
+    values, default = config.to_dict(), DEFAULT.to_dict()
+    changed = {key: value for key, value in values.items() if value != default[key]}
+    pairs = (f"convert.{key}={x if isinstance(x, str) else dumps(x)}" for key, x in changed.items())
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+@contextmanager
+def _result_file(model: str, out: Path | None, name: str) -> Iterator[Path]:
+    """Where a measurement writes its result; afterwards, say where it is and how to see it.
+
+    By default a run's student is measured into the run's folder, whose report then shows the new result.
+    """
+    from linearize.benchmarks.report import write_report
+    from linearize.tasks import run_folder
+
+    run = run_folder(model) if out is None else None
+    file = out or (run or Path()) / name
+    if file.is_dir():
+        raise LinearizeError(f"out: {str(file)!r} is a folder; give a file, such as {str(file / name)!r}")
+    replaced = file.exists()
+    yield file
+    note(f"written: {file}{', in place of the one before' if replaced else ''}")
+    command = f"linearize report {shlex.quote(str(file.parent))}"
+    if run is not None:
+        note(f"written: {write_report(run)}, which shows it; {command} writes that again")
+    elif file.name == name:
+        note(f"to see it as a page: {command}")
+    else:
+        note(f"to see it as a page, rename it to {name}, then: {command}")
 
 
 def _quiet() -> None:

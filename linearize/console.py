@@ -6,19 +6,41 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from linearize.errors import LinearizeError
 
-__all__ = ["OneLineErrors", "human_bytes", "human_tokens", "note", "parse_tokens"]
+__all__ = ["OneLineErrors", "PlainCommand", "PlainGroup", "human_bytes", "human_tokens", "note", "parse_tokens"]
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
 SUFFIXES = {"k": 1024, "m": 1024**2}
 
 
-class OneLineErrors(TyperGroup):
-    """A command group whose errors are one line on stderr: exit status 2 for the user's, 1 for our own.
+class _PlainHelp:
+    """Help without the signs of newer typer: no `<bool>` after a flag, and MODEL instead of `{MODEL}` in the usage."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]  # type: ignore[misc]
+
+
+class PlainCommand(_PlainHelp, TyperCommand):
+    """A command with plain help."""
+
+
+class PlainGroup(_PlainHelp, TyperGroup):
+    """A group of commands with plain help."""
+
+
+class OneLineErrors(PlainGroup):
+    """The outermost command group, whose errors are one line on stderr: exit status 2 for the user's, 1 for our own.
 
     `--debug`, anywhere on the command line, adds the traceback.
     """

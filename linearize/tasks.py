@@ -8,12 +8,12 @@ from torch import Tensor
 
 from linearize.config import LinearizeConfig
 from linearize.console import note
-from linearize.convert import convert
+from linearize.convert import base_model, convert
 from linearize.distill.options import DataOptions, EvaluateOptions, Source
 from linearize.errors import LinearizeError
 from linearize.inspection import Inspection, inspect_config
-from linearize.models import load_config, load_model, load_tokenizer, resolve, resolve_dtype
-from linearize.rows import comparison_rows, speed_rows
+from linearize.models import load_config, load_model, load_tokenizer, recorded_conversion, resolve, resolve_dtype
+from linearize.rows import CONTROL, comparison_rows, speed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ __all__ = [
     "convert_and_save",
     "evaluate_model",
     "held_out_tokens",
+    "run_folder",
     "write_answer",
 ]
 
@@ -56,22 +57,50 @@ def evaluate_model(
     from linearize.benchmarks.evaluate import evaluate_rows
     from linearize.benchmarks.files import write_json
 
-    kind, chosen = resolve(name).kind, announce_dtype(dtype, device)
-    if kind == "student" and base is None:
+    # By what its files record, not by where they are: a whole student on the hub needs its original too.
+    whole = resolve(name).kind != "adapter" and recorded_conversion(name) is not None
+    if whole and base is None:
         raise LinearizeError(f"base: {name!r} is a whole student, compared with its original; name that with --base")
+    chosen = announce_dtype(dtype, device)
     # Mistakes in texts and lengths show before minutes of loading.
-    tokenizer = load_tokenizer(name, None if kind == "student" else base)
+    tokenizer = load_tokenizer(name, None if whole else base)
     tokens = held_out_tokens(options, DEFAULT_DATA, tokenizer, seed)
-    if kind == "student":
+    if whole:
         model, _ = load_model(name, chosen, device)
         original, _ = load_model(str(base), chosen, device)
     else:
         # LoRA stays apart: without it the weights are the original's, and no second model is needed.
         model, _ = load_model(name, chosen, device, base=base, merge=False)
         original = None
-    result = evaluate_rows(comparison_rows(model, original), tokenizer, tokens, options, seed)
+        _add_control(model, run_folder(name))
+    rows = comparison_rows(model, original)
+    result = evaluate_rows(rows, tokenizer, tokens, options, seed)
+    result["notes"].append(_near_side(model))
     write_json(out, result)
     return result
+
+
+def run_folder(name: str) -> Path | None:
+    """The folder of the run that made a student, OUT of OUT/student; None for any other model."""
+    path = Path(name).expanduser()
+    path = path if path.name == "student" else path.resolve()
+    found = path.name == "student" and path.is_dir() and (path.parent / "recipe.yaml").is_file()
+    return path.parent if found else None
+
+
+def _add_control(model: Any, run: Path | None) -> None:
+    """Put the LoRA of the run's control beside the student's, so that a new comparison has all rows of the run's."""
+    if run is not None and hasattr(model, "peft_config") and (run / CONTROL).is_dir():
+        active = model.active_adapter
+        model.load_adapter(str(run / CONTROL), adapter_name=CONTROL)
+        model.set_adapter(active)
+
+
+def _near_side(model: Any) -> str:
+    """What stays exact in a converted model: for an original, nothing else says what it is compared with."""
+    config = LinearizeConfig.from_dict(base_model(model).config.linearize)
+    recent = f"{config.window} to {2 * config.window - 1} recent tokens"
+    return f"Converted layers keep exactly: window W = {config.window} ({recent}) and sinks S = {config.sinks}."
 
 
 def bench_model(
@@ -85,6 +114,7 @@ def bench_model(
     tokens = held_out_tokens(EvaluateOptions(), DEFAULT_DATA, tokenizer, seed)
     model, _ = load_model(name, announce_dtype(dtype, device), device, base=base)
     result = bench_decode(speed_rows(model), tokens=tokens, seed=seed, **options)
+    note(_near_side(model))
     write_json(out, result)
     return result
 

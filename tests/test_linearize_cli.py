@@ -1,6 +1,8 @@
 """The command line: help, results, and the one line that a user sees after each mistake."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 import linearize
+from linearize.checkpoint import save
 from linearize.cli import app
+from linearize.config import LinearizeConfig
 from linearize.console import human_bytes, human_tokens, parse_tokens
-from linearize.convert import converted_layers
+from linearize.convert import convert, converted_layers
+from linearize.distill.recipe import load_recipe, preset_names
 from linearize.errors import LinearizeError
 from linearize.models import load_model
 from tests.saved_models import save_tiny_model
@@ -50,6 +55,16 @@ def process(*words: object, code: str | None = None) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
+def put_on_hub(folder: Path, name: str, cache: Path, monkeypatch) -> None:
+    """Put a model's files where transformers keeps what it fetched under a hub name, and turn the network off."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("cli") / "original", chat=True)
@@ -75,6 +90,21 @@ class TestHelp:
         result = call(*command, "--help")
         assert result.exit_code == 0
         assert f"Example: linearize {' '.join(command)}" in " ".join(result.stdout.split())
+
+    def test_the_group_has_an_example_too(self):
+        assert "Example: linearize bench decode" in call("bench", "--help").stdout
+
+    def test_all_presets_are_named(self):
+        text = " ".join(call("run", "--help").stdout.replace("\u2502", " ").split())
+        named = text.partition("or a preset: ")[2].partition(".")[0]
+        assert sorted(named.replace(" or ", ", ").split(", ")) == preset_names()
+
+    @pytest.mark.parametrize("words", [[], ["bench"], ["run"], ["inspect"]], ids=str)
+    def test_no_types_of_flags_and_no_braces(self, words: list[str]):
+        text = call(*words, "--help").stdout
+        assert "--help" in text
+        assert "bool" not in text.lower()
+        assert "{" not in text
 
     def test_all_commands_are_tested(self):
         names = {command.callback.__name__ for command in app.registered_commands}
@@ -147,6 +177,26 @@ class TestConvert:
         assert list(converted_layers(student)) == [0]
         assert tokenizer.chat_template
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            [],
+            ["--window", "8", "--sinks", "0", "--mix", "gate"],
+            ["--softmax-layers", "every:2", "--feature-dim", "4"],
+            ["--softmax-layers", "1"],
+        ],
+        ids=str,
+    )
+    def test_the_advised_command_makes_the_same_conversion(self, model: Path, tmp_path: Path, words: list[str]):
+        result = call("convert", model, tmp_path / "new", "--adapter", *words)
+        assert result.exit_code == 0, result.output
+        advice = shlex.split(result.stderr.splitlines()[-1])
+        assert advice[:5] == ["linearize", "distill", "default", "--model", str(model)]
+        assert advice[5::2] == ["--set"] * len(advice[6::2])
+        recipe = load_recipe("default", [f"model={model}", *advice[6::2]])
+        made = json.loads((tmp_path / "new" / "linearize.json").read_text())["conversion"]
+        assert recipe.convert == LinearizeConfig.from_dict(made)
+
     def test_without_a_state_there_is_nothing_to_teach(self, model: Path, tmp_path: Path):
         result = call("convert", model, tmp_path / "new", "--mixer", "none", "--adapter")
         assert (result.exit_code, result.stderr) == (0, "")
@@ -174,6 +224,9 @@ class TestEvaluate:
     def test_original(self, model: Path, text: Path, tmp_path: Path):
         found = self.evaluate(model, text, tmp_path / "e.json")
         assert found["rows"] == ["original", "window + sinks"]
+        near = "Converted layers keep exactly: window W = 64 (64 to 127 recent tokens) and sinks S = 4."
+        assert near in found["notes"]
+        assert near in call("evaluate", model, "--text", text, "--out", tmp_path / "e.json", *self.ARGUMENTS).stdout
 
     def test_adapter_is_compared_on_one_set_of_weights(self, adapter: Path, text: Path, tmp_path: Path):
         found = self.evaluate(adapter, text, tmp_path / "e.json", "--needle", "none")
@@ -193,6 +246,14 @@ class TestEvaluate:
         assert len(found["rows"]) == 5
         assert found["perplexity"]["rows"]["original"] == alone["perplexity"]["rows"]["original"]
 
+    def test_whole_student_on_the_hub_needs_its_base_too(self, model: Path, text: Path, tmp_path: Path, monkeypatch):
+        assert call("convert", model, tmp_path / "whole", "--window", "8").exit_code == 0
+        put_on_hub(tmp_path / "whole", "owner/student", tmp_path / "hub", monkeypatch)
+        message = error_line(call("evaluate", "owner/student", "--text", text))
+        assert message.endswith("is a whole student, compared with its original; name that with --base")
+        found = self.evaluate("owner/student", text, tmp_path / "e.json", "--base", model)
+        assert len(found["rows"]) == 5
+
     def test_choices_and_default_text(self, model: Path, tmp_path: Path):
         items = tmp_path / "items.jsonl"
         items.write_text('{"query": "a b", "choices": [" c", " d"], "gold": 0}\n' * 4)
@@ -211,6 +272,7 @@ class TestBench:
             result = call("bench", "decode", name, *words)
             assert result.exit_code == 0, result.output
             assert json.loads(out.read_text())["rows"] == ["original", row]
+            assert "window W = 64 (64 to 127 recent tokens) and sinks S = 4." in result.stderr
 
     def test_decode(self, adapter: Path, tmp_path: Path):
         out = tmp_path / "b.json"
@@ -223,6 +285,67 @@ class TestBench:
         assert cells["student", 32] == cells["student", 64]
         assert cells["student", 32]["state"] > 0 == cells["original", 32]["state"]
         assert "student: " in result.stdout
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Path:
+    """The folder of a run, as far as measuring its student needs it: LoRA in the student, and a control."""
+    from peft import LoraConfig, get_peft_model
+
+    out = tmp_path / "run"
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    original, tokenizer = load_model(model, "float32", "cpu")
+    student = get_peft_model(convert(original, LinearizeConfig(window=8)), lora)
+    save(student, out / "student", adapter=True, tokenizer=tokenizer)
+    student.add_adapter("control", lora)
+    student.save_pretrained(out, selected_adapters=["control"], save_embedding_layers=False)
+    (out / "recipe.yaml").write_text(f"model: {model}\n")
+    return out
+
+
+class TestWhereResultsGo:
+    EVALUATE = ("--tokens", "128", "--seq-len", "64", "--needle", "none", "--dtype", "float32")
+    BENCH = ("--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32")
+
+    def test_a_runs_student_into_the_run_with_its_report(self, run: Path, text: Path, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        result = call("evaluate", "run/student", "--text", text, *self.EVALUATE)
+        assert result.exit_code == 0, result.output
+        report = "written: run/report.html, which shows it; linearize report run writes that again"
+        assert result.stderr.splitlines()[-2:] == ["written: run/evaluate.json", report]
+        rows = json.loads((run / "evaluate.json").read_text())["rows"]
+        assert rows[:2] == ["original", "control"]
+        assert "There is no bench.json" in (run / "report.html").read_text()
+
+        result = call("bench", "decode", "run/student", *self.BENCH)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.splitlines()[-2:] == ["written: run/bench.json", report]
+        assert "There is no" not in (run / "report.html").read_text()
+
+        monkeypatch.chdir(run / "student")
+        result = call("bench", "decode", ".", *self.BENCH)
+        assert f"written: {run / 'bench.json'}, in place of the one before" in result.stderr.splitlines()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+    def test_anything_else_here(self, adapter: Path, text: Path, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            result = call("evaluate", adapter, "--text", text, *self.EVALUATE)
+        assert result.stderr.splitlines()[-2:] == [
+            "written: evaluate.json, in place of the one before",
+            "to see it as a page: linearize report .",
+        ]
+        assert call("report", ".").stdout == "report.html\n"
+
+    def test_where_asked(self, run: Path, text: Path, tmp_path: Path):
+        for name, way in (("evaluate.json", ""), ("e.json", ", rename it to evaluate.json, then")):
+            out = tmp_path / "a folder" / name
+            result = call("evaluate", run / "student", "--text", text, "--out", out, *self.EVALUATE)
+            assert result.exit_code == 0, result.output
+            last = f"to see it as a page{way}: linearize report '{out.parent}'"
+            assert result.stderr.splitlines()[-2:] == [f"written: {out}", last]
+        assert not (run / "evaluate.json").exists()
+        assert not (run / "report.html").exists()
 
 
 class TestGenerate:
@@ -294,6 +417,8 @@ class TestBadInputs:
             (["evaluate", "MODEL", "--device", "abacus"], "device: 'abacus' is not a device"),
             (["bench", "decode", "MODEL", "--contexts", ""], "contexts: '' is not a number of tokens >= 1"),
             (["bench", "decode", "MODEL", "--repeats", "0"], "repeats: 0 measures nothing; use 1 or more"),
+            (["run", "demo", "--set", "bench.contexts=[2]"], "bench.contexts[0]: 2 is out of range"),
+            (["bench", "decode", "MODEL", "--out", "FULL"], "FULL' is a folder; give a file, such as"),
             (["bench", "encode", "MODEL"], "No such command 'encode'"),
             (["report", "EMPTY"], "no evaluate.json, bench.json or train.jsonl to report on"),
             (["generate", "MODEL", "--prompt", " "], "prompt: it is empty; give the text to continue"),
