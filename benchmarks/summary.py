@@ -192,7 +192,11 @@ def _gap(perplexity: dict[str, Any]) -> list[Sentence]:
 
 
 def _control(perplexity: dict[str, Any]) -> list[Sentence]:
-    """What the same training does to the original: without it a student looks better than it is."""
+    """What the same training does to the original: without it a student looks better than it is.
+
+    Where the student learns from the original's logits alone, the control learns from the text, as it has nothing to
+    learn from its own logits.
+    """
     rows = perplexity["rows"]
     pair = difference(perplexity, CONTROL, BASELINE)
     if pair is None:
@@ -202,11 +206,12 @@ def _control(perplexity: dict[str, Any]) -> list[Sentence]:
     if pair["nll_difference"] is None:  # not finite, which has a sentence of its own
         return []
     numbers = f"from {number(rows[BASELINE]['ppl'])} to {number(rows[CONTROL]['ppl'])}"
+    same = "The same steps on the same text, learnt by cross-entropy,"
     text = {
-        -1: f"The same training improves the original itself, {numbers} (control); compare the student with that.",
-        1: f"The same training makes the original itself worse, {numbers} (control).",
-        0: f"The same training leaves the original as it was, {numbers} (control).",
-        None: f"The same training takes the original {numbers} (control); one sequence cannot tell more.",
+        -1: f"{same} improve the original itself, {numbers} (control); compare the student with that.",
+        1: f"{same} make the original itself worse, {numbers} (control).",
+        0: f"{same} leave the original as it was, {numbers} (control).",
+        None: f"{same} take the original {numbers} (control); one sequence cannot tell more.",
     }[_sign(pair)]
     return [Sentence("note", text)]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from linearize.errors import LinearizeError
 
 __all__ = ["FINAL_LR", "Outcome", "learning_rate", "make_optimizer", "progress_of", "train"]
 
+TELL_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
 
 StepLosses = dict[str, Tensor]
@@ -104,6 +106,12 @@ def train(
         LinearizeError: a checkpoint that cannot be used, or a loss that is no number.
     """
     accelerator = Accelerator()
+    if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+        raise LinearizeError(
+            f"accelerate: {accelerator.num_processes} processes with mixed precision {accelerator.mixed_precision!r} "
+            "are configured, but training runs in one process, in the recipe's dtype; start it without "
+            "`accelerate launch`"
+        )
     if optimizer is None:
         optimizer = make_optimizer(parameters, lr_scale)
     saved = folder / "checkpoints" / stage
@@ -125,6 +133,7 @@ def train(
         saved_steps, saved_at = outcome.steps, time.perf_counter()
 
     start = time.perf_counter() - outcome.seconds
+    told_at = time.perf_counter()
     with _progress(stage) as bar:
         task = bar.add_task(stage, total=1.0, loss="-", speed="-", left="-")
         while (done := progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)) < 1:
@@ -157,6 +166,14 @@ def train(
                 log.write(outcome, reported, rate, speed)
             left = outcome.seconds * (1 - done) / max(done, 1e-3)
             bar.update(task, completed=done, loss=f"{reported['loss']:.4f}", speed=f"{speed:.0f}", left=_minutes(left))
+            if bar.disable and time.perf_counter() - told_at > TELL_EVERY:
+                print(
+                    f"{stage}: {done:.0%}, step {outcome.steps}, loss {reported['loss']:.4f}, {speed:.0f} tokens/s, "
+                    f"left {_minutes(left)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told_at = time.perf_counter()
             if time.perf_counter() - saved_at > 60 * options.checkpoint_minutes:
                 save()
     if outcome.steps > saved_steps:
@@ -168,7 +185,8 @@ def _follow(outcome: Outcome, reported: dict[str, float]) -> None:
     """Keep the first step's losses, and a running mean of about the last ten."""
     if not outcome.first:
         outcome.first, outcome.last = dict(reported), dict(reported)
-    outcome.last = {key: 0.9 * outcome.last[key] + 0.1 * value for key, value in reported.items()}
+    share = max(0.1, 1 / outcome.steps)  # a plain mean at first, so that the first losses do not linger
+    outcome.last = {key: (1 - share) * outcome.last[key] + share * value for key, value in reported.items()}
 
 
 class _Log:

@@ -101,9 +101,9 @@ def transfer_step(
 ) -> StepLosses:
     """One batch: the losses of all layers, each back-propagated into its own mixer and mix.
 
-    With `local_steps` > 1 a layer learns from what it saw that many times while it is at hand: `update` applies the
-    gradients that there are, the layer's own, before each further loss. The last gradients are left to the caller.
-    The losses are those of the first look.
+    With `local_steps` > 1 a layer learns from what it saw that many times while it is at hand: `update` applies and
+    clears the gradients that there are, its own and what the layer before left, before each further loss. The last
+    are left to the caller, so each counts once. The losses are those of the first look.
     """
     loss_of = OBJECTIVES[objective]
     losses: StepLosses = {}

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from linearize.cache import NearFarLayer
 from linearize.config import LinearizeConfig
+from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry
 from linearize.kernels.near_far import MIXERS, Mixer, near_far_attention
+from linearize.kernels.near_far.mixers import accumulation_dtype
 
 __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
@@ -62,7 +64,8 @@ class Mix(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """q: (B, H, T, D) -> (B, H, T)."""
-        return (q.to(self.weight.dtype) @ self.weight[..., None]).squeeze(-1) + self.bias[:, None]
+        dtype = accumulation_dtype(q)
+        return (q.to(dtype) @ self.weight.to(dtype)[..., None]).squeeze(-1) + self.bias.to(dtype)[:, None]
 
 
 class ConvertedAttention(nn.Module):
@@ -169,7 +172,10 @@ class ConvertedAttention(nn.Module):
         else:
             layer = past_key_values.layers[self.layer_idx]
             if not isinstance(layer, NearFarLayer):
-                raise TypeError(f"layer {self.layer_idx}: the cache holds {type(layer).__name__}, not NearFarLayer")
+                raise LinearizeError(
+                    f"cache: layer {self.layer_idx} is a {type(layer).__name__}, which a converted layer cannot use; "
+                    "call the model as a whole, which gives a cache its layers"
+                )
             out = layer.step(q, k, v, self.mixer, self.mix_logit(q), **options)
         out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out), None

@@ -20,6 +20,7 @@ from linearize.config import LinearizeConfig
 from linearize.convert import added_parameters, base_model, convert, is_converted, revert
 from linearize.errors import LinearizeError
 from linearize.families import geometry_of
+from linearize.fingerprint import Sample, changed_values, weight_sample
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "added_weights", "load", "save"]
 
@@ -42,7 +43,8 @@ def save(
         base: the name that `load` finds the original by; None takes the name that the model was loaded from.
 
     Raises:
-        LinearizeError: a model that is not converted, or a whole checkpoint of a model with unmerged LoRA.
+        LinearizeError: a model that is not converted, a whole checkpoint of a model with unmerged LoRA, or an adapter
+            of a model whose own weights have changed since its conversion.
     """
     if not is_converted(model):
         raise LinearizeError(
@@ -57,7 +59,12 @@ def save(
                 "call model.merge_and_unload() first, or save with adapter=True"
             )
         model.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
     else:
+        sample = _check_unchanged(model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
         if hasattr(model, "peft_config"):
             # Only the student's own adapter; and peft must not go looking for the original's config.json.
             model.save_pretrained(path / LORA_FOLDER, selected_adapters=["default"], save_embedding_layers=False)
@@ -70,11 +77,10 @@ def save(
             "base_model_type": inner.config.model_type,
             "geometry": vars(geometry),
             "conversion": inner.config.linearize,
+            "base_sample": sample,
         }
         # Last, so that a folder with this file is complete.
-        _write_text(path / ADAPTER_CONFIG, json.dumps(description, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+        _write_text(path / ADAPTER_CONFIG, json.dumps(description) + "\n")
 
 
 def load(
@@ -116,6 +122,7 @@ def load(
             f"base: a {model.config.model_type} with {found} is not the {description['base_model_type']} with {wanted} "
             f"that {str(path)!r} was made on; give that original as base"
         )
+    _check_base(model, description, path)
     convert(model, LinearizeConfig.from_dict(description["conversion"]))
     expected = {name: x.shape for name, x in added_weights(model).items()}
     if {name: x.shape for name, x in weights.items()} != expected:
@@ -137,6 +144,40 @@ def load(
 def added_weights(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that conversion added, by their names in the causal language model's state dict."""
     return {name: p.detach().contiguous() for name, p in added_parameters(model).items()}
+
+
+def _check_unchanged(model: Any) -> Sample | None:
+    """The sample of the original's weights, which must be what they were at the conversion."""
+    base = base_model(model)
+    if not hasattr(base, "_linearize_sample"):
+        raise LinearizeError(
+            "model: it was loaded as a whole student, so its original is not known; save it whole, with adapter=False"
+        )
+    now, before = weight_sample(model), base._linearize_sample
+    if now is None or before is None:
+        return now
+    dtype, sample = before
+    changed, compared = changed_values(sample, now, exact=base.dtype == dtype)
+    if changed:
+        raise LinearizeError(
+            f"model: its own weights have changed since the conversion ({changed} of {compared} sampled values, by "
+            "merging or training), which an adapter would leave out; save it whole, with adapter=False, or load it "
+            "with merge=False"
+        )
+    return sample
+
+
+def _check_base(model: Any, description: dict[str, Any], path: Path) -> None:
+    """The original must have the weights that the adapter was made on."""
+    now, made_on = weight_sample(model), description.get("base_sample")
+    if now is None or made_on is None:
+        return
+    changed, compared = changed_values(made_on, now, exact=False)
+    if now.keys() != made_on.keys() or changed > compared // 20:
+        raise LinearizeError(
+            f"base: {changed} of {compared} sampled weights are not those of the original that {str(path)!r} was made "
+            f"on ({description['base']}); give that original as base"
+        )
 
 
 def _load_whole(path: Path, base: Any, dtype: torch.dtype | str | None, device: str | torch.device) -> Any:
@@ -185,9 +226,9 @@ def _original(
         if base is None:
             raise LinearizeError("base: the adapter does not record its original's name; give the original as base")
     if isinstance(base, (str, os.PathLike)):
-        from linearize.models import load_model
+        from linearize.models import load_weights
 
-        return load_model(str(base), dtype=dtype, device=str(device))[0]
+        return load_weights(str(base), dtype, str(device))
     if dtype not in (None, "auto"):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         # Weights only, as from_pretrained does: `to` would round the rotary frequencies as well.

@@ -69,6 +69,12 @@ def plan_layers(model_config: Any, config: LinearizeConfig) -> list[LayerPlan]:
         converted = index not in kept and window is None
         plan.append(LayerPlan(index, before, after if converted else before, converted))
     if not any(layer.converted for layer in plan):
+        if all(own_window(model_config, index) is not None for index in range(geometry.layers)):
+            raise LinearizeError(
+                f"sliding_window: every layer has one of {own_window(model_config, 0)} tokens, and such layers stay as "
+                "they are; to convert them, set sliding_window to null in the model's config, which changes nothing "
+                "for texts shorter than it"
+            )
         raise LinearizeError(
             f"softmax_layers: {config.softmax_layers!r} leaves none of the {geometry.layers} layers to convert "
             f"({sum(own_window(model_config, i) is not None for i in range(geometry.layers))} have a sliding window "
@@ -114,6 +120,11 @@ def convert(model: Any, config: LinearizeConfig) -> Any:
     base.__class__ = model_class(base.__class__)
     base._keep_in_fp32_modules_strict = {*base._keep_in_fp32_modules_strict, "mixer", "mix"}
     apply_conversion(base, config)
+
+    from linearize.fingerprint import weight_sample
+
+    sample = weight_sample(base)
+    base._linearize_sample = None if sample is None else (base.dtype, sample)
     return model
 
 
@@ -149,6 +160,7 @@ def revert(model: Any) -> Any:
         setattr(decoder_layers[index], family.attention, layer.original)
     base._linearize[2].remove()
     del base._linearize
+    base.__dict__.pop("_linearize_sample", None)
     made = type(base)
     old_class, old_config, keep_in_float32 = base.__dict__.pop("_linearize_original", (made.__mro__[2], None, set()))
     base._keep_in_fp32_modules_strict = keep_in_float32
@@ -254,6 +266,11 @@ class _BeforeDecoder:
         if not self.switch.converted:
             return (), kwargs
 
+        if kwargs.get("output_attentions"):
+            raise LinearizeError(
+                "output_attentions: a converted layer has no attention map; leave it out, or look at the original "
+                "inside linearize.original_attention(model)"
+            )
         cache = kwargs.get("past_key_values")
         _refuse_packed(kwargs, cache)
         use_cache = kwargs.get("use_cache")

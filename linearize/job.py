@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from linearize.convert import convert, is_converted
 from linearize.distill.data import TokenStream, build_stream
 from linearize.distill.end_to_end import CONTROL, STUDENT, run_distill
 from linearize.distill.loop import Outcome
-from linearize.distill.options import DistillOptions
+from linearize.distill.options import Budget, DistillOptions
 from linearize.distill.recipe import Recipe, dump_recipe
 from linearize.distill.transfer import run_transfer
 from linearize.errors import LinearizeError
@@ -107,7 +108,7 @@ class Job:
             return progress
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise LinearizeError(f"out: {str(self.folder)!r} holds files of something else; give a new folder")
-        return {"kind": KIND, "schema": 1, "recipe": asked, "dtype": None, "streams": {}, "done": {}}
+        return {"kind": KIND, "schema": 1, "recipe": asked, "dtype": None, "streams": {}, "steps": {}, "done": {}}
 
     def _write_progress(self) -> None:
         write_json(self.folder / "progress.json", self._progress)
@@ -174,6 +175,8 @@ class Job:
             else:
                 outcome = run_transfer(model, stream, options, self.folder, accumulation=accumulation)
             _say(stage, outcome)
+            self._progress["steps"][stage] = outcome.steps
+            self._write_progress()
         if self.whole and hasattr(model, "peft_config"):
             model = model.merge_and_unload()
         save(model, self.folder / "student", adapter=not self.whole, tokenizer=self._tokenizer)
@@ -188,6 +191,8 @@ class Job:
                 stream.load_state_dict(self._progress["streams"][stage])
                 torch.manual_seed(self.recipe.seed + index)
                 name = stage.replace("distill", CONTROL)
+                # The student's steps, not its minutes: the original is faster, and would see more text in them.
+                options = replace(options, budget=Budget(steps=self._progress["steps"][stage]))
                 shared = {"accumulation": self.recipe.gradient_accumulation}
                 model, outcome = run_distill(model, stream, options, self.folder, control=True, stage=name, **shared)
                 _say(name, outcome)

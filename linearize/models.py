@@ -246,6 +246,13 @@ def load_model(
     return model.eval(), load_tokenizer(name, base)
 
 
+def load_weights(name: str, dtype: str | torch.dtype | None, device: str) -> "PreTrainedModel":
+    """An original without its tokenizer. Arguments as in `load_model`."""
+    if isinstance(dtype, str):
+        dtype = resolve_dtype(dtype, device)[0]
+    return _load_full(resolve(name), dtype, _check_device(device)).eval()
+
+
 def _load_full(source: ModelSource, dtype: torch.dtype | None, device: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 

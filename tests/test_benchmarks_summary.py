@@ -35,7 +35,7 @@ def test_a_student_that_works():
     assert sentence_about(found, STATE).text.endswith("The state carries information.")
     assert sentence_about(found, WINDOW).text.endswith("The student needs its window.")
     assert sentence_about(found, "The student closes").text.startswith("The student closes 50 % of the gap")
-    assert "improves the original itself" in sentence_about(found, "The same training").text
+    assert "improve the original itself" in sentence_about(found, "The same steps").text
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_a_student_that_works():
         ({"student": 3.0}, "Perplexity of the student", "open", "; no difference measured."),
         ({"student": 2.8}, "Perplexity of the student", "good", "0.819 times the original's."),
         ({"student": 3.9}, "The student closes", "bad", "none of the gap between window + sinks and the original."),
-        ({"control": 3.1}, "The same training", "note", "makes the original itself worse"),
-        ({"control": 3.0}, "The same training", "note", "leaves the original as it was"),
+        ({"control": 3.1}, "The same steps", "note", "make the original itself worse"),
+        ({"control": 3.0}, "The same steps", "note", "leave the original as it was"),
     ],
 )
 def test_a_student_that_does_not(changes, start, tone, end):

@@ -173,8 +173,9 @@ class TestLog:
         outcome = Toy().train(tmp_path, options(steps=40, log_every=1))
         losses = [line["loss"] for line in log_lines(tmp_path)]
         running = losses[0]
-        for loss in losses:
-            running = 0.9 * running + 0.1 * loss
+        for number, loss in enumerate(losses, 1):
+            share = max(0.1, 1 / number)
+            running = (1 - share) * running + share * loss
         assert outcome.first == {"loss": losses[0], "layer.4": 2 * losses[0], "layer.7": 0.0}
         assert outcome.last["loss"] == pytest.approx(running)
         assert outcome.last.keys() == outcome.first.keys()

@@ -363,3 +363,45 @@ class TestRun:
     def test_a_model_that_is_not_converted(self, tmp_path):
         with pytest.raises(LinearizeError, match=r"LlamaForCausalLM is not converted; call linearize\.convert first"):
             run_transfer(make_model("llama"), TokenRows(2, 40), options(), tmp_path)
+
+
+class TestLocalSteps:
+    """A layer learns from a batch several times: as if the batch had come again, with the teacher's pass shared."""
+
+    def test_two_local_steps_are_two_updates(self):
+        updates = []
+        student = trainable(make_student("llama", "normalizer"))
+        before = {name: p.detach().clone() for name, p in added_parameters(student).items()}
+
+        def update():
+            moved = [name for name, p in added_parameters(student).items() if p.grad is not None]
+            updates.append(max(int(name.split(".")[2]) for name in moved))
+            with torch.no_grad():
+                for name in moved:
+                    p = added_parameters(student)[name]
+                    p -= 0.1 * p.grad
+                    p.grad = None
+
+        batch = {"input_ids": make_tokens(1, 32)}
+        losses = transfer_step(student, batch, "decomposed", backward, update, local_steps=3)
+        assert updates == [0, 0, 1, 1, 2, 2]
+        assert all(not torch.equal(before[name], p) for name, p in added_parameters(student).items())
+        again = transfer_step(student, batch, "decomposed", backward)
+        assert again["loss"] < losses["loss"]
+
+    def test_more_is_learnt_from_the_same_tokens(self, tmp_path):
+        rows = [TokenRows(1, 48) for _ in range(2)]
+        one = run_transfer(make_student("llama", "normalizer"), rows[0], options(20), tmp_path / "1")
+        three = run_transfer(
+            make_student("llama", "normalizer"),
+            rows[1],
+            options(20, local_steps=3),
+            tmp_path / "3",
+        )
+        assert one.tokens == three.tokens
+        assert three.last["loss"] < one.last["loss"]
+
+    def test_not_with_accumulation(self, tmp_path):
+        student = make_student("llama", "normalizer")
+        with pytest.raises(LinearizeError, match="gradient_accumulation: 2 with 3 local_steps would update between"):
+            run_transfer(student, TokenRows(1, 48), options(local_steps=3), tmp_path, accumulation=2)

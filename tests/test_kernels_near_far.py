@@ -771,6 +771,14 @@ class TestBadInputs:
                 {"mix_logit": torch.zeros(2, 4, 1)},
                 "mix_logit has shape (2, 4, 1); it needs (4,), one a query head, or (2, 4, 6), one a head and query",
             ),
+            (
+                {"mask": torch.zeros(2, 6)},
+                "mask is torch.float32; give a boolean or integer mask, true for real tokens",
+            ),
+            (
+                {"mixer": "hedgehog"},
+                "mixer is a str; give a Mixer, such as Hedgehog(heads, kv_heads, head_dim), or None",
+            ),
             ({"mask": torch.ones(2, 5).bool()}, "mask has shape (2, 5); it needs (2, 6)"),
             ({"mask": torch.ones(2, 1, 6, 6).bool()}, "mask has shape (2, 1, 6, 6); it needs (2, 6)"),
         ],

@@ -482,3 +482,29 @@ class TestBadInputs:
         assert self.message(lambda: load(folder / "adapter", base=make_model("llama"))) == (
             "windows: unknown setting of a conversion; did you mean 'window'?"
         )
+
+
+class TestOriginalsWeights:
+    """An adapter belongs to one original, and holds everything that changed, or is refused."""
+
+    def test_adapter_on_another_original(self, tmp_path):
+        save(make_student("llama", "normalizer"), tmp_path, adapter=True)
+        with pytest.raises(LinearizeError, match="sampled weights are not those of the original"):
+            load(tmp_path, base=make_model("llama", seed=7))
+
+    def test_adapter_on_a_rounded_original(self, tmp_path):
+        save(make_student("llama", "normalizer"), tmp_path, adapter=True)
+        load(tmp_path, base=make_model("llama"), dtype=torch.bfloat16)
+
+    def test_adapter_of_trained_weights(self, tmp_path):
+        student = make_student("llama", "normalizer")
+        with torch.no_grad():
+            student.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+        with pytest.raises(LinearizeError, match="its own weights have changed since the conversion"):
+            save(student, tmp_path, adapter=True)
+        assert not (tmp_path / "linearize.json").exists()
+
+    def test_adapter_of_a_student_that_was_loaded_whole(self, tmp_path):
+        save(make_student("llama", "normalizer"), tmp_path / "whole")
+        with pytest.raises(LinearizeError, match="it was loaded as a whole student"):
+            save(load(tmp_path / "whole"), tmp_path / "adapter", adapter=True)

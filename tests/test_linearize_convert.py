@@ -637,8 +637,8 @@ BAD_MODELS = [
     (
         lambda: make_model("mistral", sliding_window=8),
         {},
-        "softmax_layers: 'none' leaves none of the 3 layers to convert (3 have a sliding window of their own and stay "
-        "as they are); keep fewer layers",
+        "sliding_window: every layer has one of 8 tokens, and such layers stay as they are; to convert them, set "
+        "sliding_window to null in the model's config, which changes nothing for texts shorter than it",
     ),
     (
         lambda: make_model("llama", max_position_embeddings=64),
@@ -709,3 +709,20 @@ class TestBadInputs:
         with pytest.raises(LinearizeError) as error:
             logits(student, make_tokens(2, 6), use_cache=use_cache, **inputs)
         assert str(error.value) == message
+
+
+class TestFarSideInHalfPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_mix_is_computed_in_float32(self, dtype):
+        student = make_student("llama", "normalizer").to(dtype)
+        layer = converted_layers(student)[0]
+        assert layer.mix.weight.dtype == dtype
+        assert layer.mix(torch.randn(1, 4, 5, 16, dtype=dtype)).dtype == torch.float32
+
+
+def test_attention_maps_are_refused():
+    student = make_student("llama", "normalizer")
+    with pytest.raises(LinearizeError, match="output_attentions: a converted layer has no attention map"):
+        student(make_tokens(1, 9), output_attentions=True)
+    with original_attention(student):
+        student(make_tokens(1, 9), output_attentions=True)

@@ -50,7 +50,7 @@ def near_far_attention(
         LinearizeError: a shape, dtype or option that does not fit, with its value.
         NotImplementedError: backend="triton", which has no kernels yet.
     """
-    _check(q, k, v, mix_logit, window, sinks, mix, mask, backend)
+    _check(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
     if backend == "triton":
         raise NotImplementedError(
             "backend: 'triton' has no near-and-far kernels yet; use backend='auto' or 'torch', which runs on any device"
@@ -61,7 +61,7 @@ def near_far_attention(
     return form(q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask)
 
 
-def _check(q, k, v, mix_logit, window, sinks, mix, mask, backend) -> None:
+def _check(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend) -> None:
     # Imported here because `linearize` is above the kernels: only its exception is shared.
     from linearize.errors import LinearizeError
 
@@ -91,6 +91,14 @@ def _check(q, k, v, mix_logit, window, sinks, mix, mask, backend) -> None:
         mix_logit is None or mix_logit.shape in ((q.shape[1],), q.shape[:3]),
         f"mix_logit has shape {None if mix_logit is None else tuple(mix_logit.shape)}; it needs ({q.shape[1]},), one a "
         f"query head, or {tuple(q.shape[:3])}, one a head and query",
+    )
+    need(
+        mask is None or not mask.is_floating_point(),
+        f"mask is {None if mask is None else mask.dtype}; give a boolean or integer mask, true for real tokens",
+    )
+    need(
+        mixer is None or isinstance(mixer, Mixer),
+        f"mixer is a {type(mixer).__name__}; give a Mixer, such as Hedgehog(heads, kv_heads, head_dim), or None",
     )
     need(
         mask is None or mask.shape == (q.shape[0], q.shape[2]),
