@@ -56,9 +56,9 @@ class Job:
             what cannot be done together. Nothing is written then.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path):
+    def __init__(self, recipe: Recipe, folder: str | Path):
         self.recipe = recipe
-        self.folder = folder
+        self.folder = Path(folder)
         self.stages = _named(recipe)
         distills = [options for _, options in self.stages if isinstance(options, DistillOptions)]
         # Training that changes the original's own weights makes a whole student; else the student is an adapter.
@@ -72,7 +72,14 @@ class Job:
         self._progress = self._open()
 
     def run(self, parts: Sequence[str]) -> list[Path]:
-        """Do these parts, in the order of `PARTS`, but for those that are done; returns what each of them made."""
+        """Do these parts, in the order of `PARTS`, but for those that are done; returns what each of them made.
+
+        Raises:
+            LinearizeError: a part that does not exist, or whatever the parts refuse.
+        """
+        for part in parts:
+            if part not in PARTS:
+                raise LinearizeError(f"parts: {part!r} is unknown; choose from {', '.join(PARTS)}")
         parts = [part for part in PARTS if part in parts and (part != CONTROL or self.control)]
         self._check(parts)
         made = []
@@ -128,7 +135,7 @@ class Job:
 
     @cached_property
     def _held_out(self) -> torch.Tensor:
-        return held_out_tokens(self.recipe.evaluate, self.recipe.data, self._tokenizer, self.recipe.seed)
+        return held_out_tokens(self.recipe.evaluate, self.recipe.data, self.recipe.seed, self._tokenizer)
 
     @cached_property
     def _dtype(self) -> torch.dtype:

@@ -64,7 +64,7 @@ def evaluate_model(
     chosen = announce_dtype(dtype, device)
     # Mistakes in texts and lengths show before minutes of loading.
     tokenizer = load_tokenizer(name, None if whole else base)
-    tokens = held_out_tokens(options, DEFAULT_DATA, tokenizer, seed)
+    tokens = held_out_tokens(options, *_data(name, seed), tokenizer=tokenizer)
     if whole:
         model, _ = load_model(name, chosen, device)
         original, _ = load_model(str(base), chosen, device)
@@ -111,7 +111,7 @@ def bench_model(
     from linearize.benchmarks.files import write_json
 
     tokenizer = load_tokenizer(name, base)
-    tokens = held_out_tokens(EvaluateOptions(), DEFAULT_DATA, tokenizer, seed)
+    tokens = held_out_tokens(EvaluateOptions(), *_data(name, seed), tokenizer=tokenizer)
     model, _ = load_model(name, announce_dtype(dtype, device), device, base=base)
     result = bench_decode(speed_rows(model), tokens=tokens, seed=seed, **options)
     note(_near_side(model))
@@ -167,8 +167,20 @@ def announce_dtype(dtype: str, device: str | None) -> torch.dtype:
     return chosen
 
 
+def _data(name: str, seed: int) -> tuple[DataOptions, int]:
+    """Where held-out text comes from, and its seed: for a run's student the run's own data, so that nothing that it
+    was trained on is measured."""
+    run = run_folder(name)
+    if run is None:
+        return DEFAULT_DATA, seed
+    from linearize.distill.recipe import load_recipe
+
+    recipe = load_recipe(run / "recipe.yaml")
+    return recipe.data, recipe.seed
+
+
 def held_out_tokens(
-    options: EvaluateOptions, data: DataOptions, tokenizer: "PreTrainedTokenizerBase", seed: int
+    options: EvaluateOptions, data: DataOptions, seed: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Tensor:
     """The text to evaluate on: `options.text` where it is given, else what `data` never trains on.
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from linearize import job
+from linearize import job, tasks
 from linearize.cli import app
-from linearize.distill.recipe import Recipe, load_recipe
+from linearize.distill.recipe import Recipe, dump_recipe, load_recipe
 from linearize.errors import LinearizeError
 from linearize.job import Job
 from linearize.models import load_model
@@ -257,3 +257,19 @@ class TestRefusals:
             Job(recipe(place), tmp_path)
         with pytest.raises(LinearizeError, match="holds files of something else; give a new folder"):
             Job(recipe(place), tmp_path / "notes.txt")
+
+
+def test_unknown_part(tmp_path: Path):
+    with pytest.raises(LinearizeError, match="parts: 'studnt' is unknown; choose from student, control, evaluate"):
+        Job(load_recipe("demo"), str(tmp_path)).run(["studnt"])
+
+
+class TestTextOfARun:
+    def test_a_students_held_out_text_is_its_runs(self, tmp_path: Path):
+        dump_recipe(load_recipe("demo", ["data.held_out=0.3", "seed=5"]), tmp_path / "recipe.yaml")
+        (tmp_path / "student").mkdir()
+        data, seed = tasks._data(str(tmp_path / "student"), 1)
+        assert (data.held_out, seed) == (0.3, 5)
+
+    def test_any_other_models_is_pythons_documentation(self, tmp_path: Path):
+        assert tasks._data(str(tmp_path), 1) == (tasks.DEFAULT_DATA, 1)
