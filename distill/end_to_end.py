@@ -83,9 +83,10 @@ def run_distill(
         parameters = _chosen(model, options.train)
         frozen = copy.deepcopy(model)
         teacher = lambda: _untrained(frozen)  # noqa: E731
+    added = added_parameters(model)
     if not control:
         known = {id(p) for p in parameters.values()}
-        parameters |= {n: p for n, p in added_parameters(model).items() if id(p) not in known}
+        parameters |= {n: p for n, p in added.items() if id(p) not in known}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
 
@@ -104,7 +105,7 @@ def run_distill(
         folder,
         accumulation=accumulation,
         device=device,
-        lr_scale=mix_lr_scale,
+        lr_scale=lambda name: mix_lr_scale(name) * (options.mixer_lr / options.lr if name in added else 1.0),
         clip=CLIP,
     )
     if control and STUDENT in model.peft_config:

@@ -146,7 +146,8 @@ class DistillOptions(Record):
 
     Attributes:
         budget: when the stage ends.
-        lr: peak learning rate of Adam.
+        lr: peak learning rate of Adam, for LoRA or the chosen parameters.
+        mixer_lr: the same for mixers and mixes, which take larger steps.
         warmup: share of the budget over which the learning rate rises.
         kl_weight: weight of KL(teacher || student).
         ce_weight: weight of the cross-entropy on the text itself.
@@ -162,6 +163,7 @@ class DistillOptions(Record):
 
     budget: Budget = field(metadata=_BUDGET_HINT)
     lr: float = option(2e-4, above=0)
+    mixer_lr: float = option(5e-3, above=0)
     warmup: float = option(0.05, least=0, below=1)
     kl_weight: float = option(1.0, least=0)
     ce_weight: float = option(0.0, least=0)

@@ -34,9 +34,15 @@ def weight_sample(model: Any) -> Sample | None:
         if parameter.is_meta:
             return None
         flat = parameter.reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(PER_TENSOR, flat.numel())).long().to(flat.device)
+        index = torch.tensor(spread(flat.numel(), PER_TENSOR), device=flat.device)
         sample[name.replace(".base_layer.", ".")] = flat[index].float().tolist()
     return sample
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` indices (fewer where there are fewer) from 0 to size - 1. In integers: float32 cannot count that far."""
+    count = min(size, count)
+    return [i * (size - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def changed_values(before: Sample, now: Sample, exact: bool) -> tuple[int, int]:

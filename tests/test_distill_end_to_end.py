@@ -455,3 +455,15 @@ class TestRefusals:
             "'q_proj', 'v_proj']) of the LoRA that an earlier stage trained and this one goes on with; give the stages "
             "the same"
         )
+
+
+@pytest.mark.parametrize("train", ["lora", ("*.mlp.*",)])
+def test_mixers_have_a_learning_rate_of_their_own(tmp_path, train):
+    """Adam's first step is as long as the learning rate, whatever the gradient."""
+    student = make_student("llama", "normalizer")
+    before = {name: p.detach().clone() for name, p in added_parameters(student).items()}
+    settings = DistillOptions(budget=Budget(steps=1), lr=1e-5, mixer_lr=1e-2, warmup=0.0, train=train)
+    trained, _ = run_distill(student, TokenRows(2, 32), settings, tmp_path)
+    for name, p in added_parameters(trained).items():
+        step = (p - before[name]).abs().max().item()
+        assert step == pytest.approx(1e-3 if name.endswith("mix.weight") else 1e-2, rel=1e-2)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import LinearizeConfig, LinearizeError, convert, load, original_attention, revert, save
 from linearize.convert import converted_layers, is_converted
+from linearize.fingerprint import spread
 from tests.saved_models import save_tiny_model
 from tests.tiny_models import FAMILIES, FAR, VOCAB, make_model, make_student, make_tokens, randomize_far
 
@@ -508,3 +509,10 @@ class TestOriginalsWeights:
         save(make_student("llama", "normalizer"), tmp_path / "whole")
         with pytest.raises(LinearizeError, match="it was loaded as a whole student"):
             save(load(tmp_path / "whole"), tmp_path / "adapter", adapter=True)
+
+    @pytest.mark.parametrize("size", [1, 2, 5, 28311552, 10**10])
+    def test_sampled_places_exist(self, size):
+        places = spread(size, 4)
+        assert len(set(places)) == min(size, 4)
+        assert places[0] == 0
+        assert places[-1] == size - 1
