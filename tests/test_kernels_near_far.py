@@ -795,3 +795,18 @@ class TestBadInputs:
         assert str(error.value) == (
             "backend: 'triton' has no near-and-far kernels yet; use backend='auto' or 'torch', which runs on any device"
         )
+
+
+class TestHedgehogStart:
+    @pytest.mark.parametrize("feature_dim", [4, 8, 20])
+    def test_no_two_features_are_alike(self, feature_dim):
+        """Columns that repeat would get the same gradients for ever."""
+        mixer = Hedgehog(4, 2, 8, feature_dim)
+        for weight in (mixer.query_weight, mixer.key_weight):
+            gram = weight[0].T @ weight[0] / weight[0, :, 0].square().sum()
+            assert (gram - torch.eye(feature_dim)).abs().max() < 0.99
+            assert torch.equal(weight[0], weight[1])
+
+    def test_start_is_the_identity(self):
+        weight = Hedgehog(4, 2, 8, 8).query_weight
+        assert torch.equal(weight[0], weight[0, 0, 0] * torch.eye(8))

@@ -17,7 +17,7 @@ from linearize.cli import app
 from linearize.config import LinearizeConfig
 from linearize.console import human_bytes, human_tokens, parse_tokens
 from linearize.convert import convert, converted_layers
-from linearize.distill.recipe import load_recipe, preset_names
+from linearize.distill.recipe import dump_recipe, load_recipe, preset_names
 from linearize.errors import LinearizeError
 from linearize.models import load_model
 from tests.saved_models import save_tiny_model
@@ -299,7 +299,7 @@ def run(model: Path, tmp_path: Path) -> Path:
     save(student, out / "student", adapter=True, tokenizer=tokenizer)
     student.add_adapter("control", lora)
     student.save_pretrained(out, selected_adapters=["control"], save_embedding_layers=False)
-    (out / "recipe.yaml").write_text(f"model: {model}\n")
+    dump_recipe(load_recipe("demo", [f"model={model}"]), out / "recipe.yaml")
     return out
 
 

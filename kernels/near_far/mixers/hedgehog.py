@@ -20,7 +20,8 @@ class Hedgehog(Mixer):
 
     query_weight: (H, D, feature_dim), key_weight: (K, D, feature_dim); F = 2 * feature_dim.
 
-    At the start W is the identity (its first columns, repeated where feature_dim > D) times START. On unscaled q and
+    At the start W is the identity times START, for queries and keys alike; where feature_dim > D, random rotations of
+    it follow (columns that repeat would get the same gradients and stay the same). On unscaled q and
     k, whose norms are 8 to 19 in trained models, the features are nearly one-hot; scaled by D^(-1/4), the share of the
     softmax scale that belongs to each of q and k, they are nearly uniform. In between they learn fastest.
     """
@@ -35,12 +36,10 @@ class Hedgehog(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Back to the scaled identity."""
+        """Back to the scaled identity and its rotations."""
         for weight in (self.query_weight, self.key_weight):
-            _, head_dim, feature_dim = weight.shape
-            columns = torch.arange(feature_dim, device=weight.device) % head_dim
-            weight.zero_()
-            weight[:, columns, torch.arange(feature_dim, device=weight.device)] = START
+            if not weight.is_meta:
+                weight.copy_(START * _rotations(*weight.shape[1:]))
 
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q of q (B, H, T, D): (B, H, T, F)."""
@@ -49,6 +48,15 @@ class Hedgehog(Mixer):
     def key_features(self, k: Tensor) -> Tensor:
         """phi_k of k (B, K, T, D): (B, K, T, F)."""
         return _features(k, self.key_weight)
+
+
+def _rotations(head_dim: int, columns: int) -> Tensor:
+    """(head_dim, columns): the identity, then random rotations of it, as far as the columns go. Always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.eye(head_dim)]
+    while head_dim * len(blocks) < columns:
+        blocks.append(torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator)).Q)
+    return torch.cat(blocks, dim=1)[:, :columns]
 
 
 def _features(x: Tensor, weight: Tensor) -> Tensor:
