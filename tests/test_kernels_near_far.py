@@ -810,3 +810,13 @@ class TestHedgehogStart:
     def test_start_is_the_identity(self):
         weight = Hedgehog(4, 2, 8, 8).query_weight
         assert torch.equal(weight[0], weight[0, 0, 0] * torch.eye(8))
+
+    def test_under_another_default_device(self):
+        """`convert` builds a mixer on the model's device; the start must not depend on it."""
+        with torch.device("meta"):
+            assert Hedgehog(4, 2, 8, 20).query_weight.is_meta
+            on_cpu = torch.nn.Parameter(torch.empty(2, 8, 20, device="cpu"))
+            mixer = Hedgehog(4, 2, 8, 20)
+            mixer.query_weight = mixer.key_weight = on_cpu
+            mixer.reset_parameters()
+        assert torch.equal(on_cpu, Hedgehog(4, 2, 8, 20).key_weight)

@@ -21,9 +21,9 @@ class Hedgehog(Mixer):
     query_weight: (H, D, feature_dim), key_weight: (K, D, feature_dim); F = 2 * feature_dim.
 
     At the start W is the identity times START, for queries and keys alike; where feature_dim > D, random rotations of
-    it follow (columns that repeat would get the same gradients and stay the same). On unscaled q and
-    k, whose norms are 8 to 19 in trained models, the features are nearly one-hot; scaled by D^(-1/4), the share of the
-    softmax scale that belongs to each of q and k, they are nearly uniform. In between they learn fastest.
+    it follow (columns that repeat would get the same gradients and stay the same). On unscaled q and k, whose norms
+    are 8 to 19 in trained models, the features are nearly one-hot; scaled by D^(-1/4), the share of the softmax scale
+    that belongs to each of q and k, they are nearly uniform. In between they learn fastest.
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, feature_dim: int | None = None):
@@ -51,11 +51,11 @@ class Hedgehog(Mixer):
 
 
 def _rotations(head_dim: int, columns: int) -> Tensor:
-    """(head_dim, columns): the identity, then random rotations of it, as far as the columns go. Always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    blocks = [torch.eye(head_dim)]
+    """(head_dim, columns) on the CPU: the identity, then random rotations of it, always the same ones."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    blocks = [torch.eye(head_dim, device="cpu")]
     while head_dim * len(blocks) < columns:
-        blocks.append(torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator)).Q)
+        blocks.append(torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, device="cpu")).Q)
     return torch.cat(blocks, dim=1)[:, :columns]
 
 
