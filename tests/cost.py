@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
@@ -56,3 +57,10 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return out
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of one run, backward included; no busy machine moves them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

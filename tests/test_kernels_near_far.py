@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import (
@@ -22,7 +21,7 @@ from linearize.kernels.near_far import (
     near_far_step,
 )
 from linearize.kernels.near_far.chunked import near_far_chunked
-from tests.cost import LargestTensor, growth_of_time, peak_bytes
+from tests.cost import LargestTensor, flops, growth_of_time, peak_bytes
 from tests.tolerance import assert_near, worst
 
 FAR = ("none", "normalizer", "gate", "one a head")
@@ -675,11 +674,7 @@ class TestLinearCost:
     @pytest.mark.parametrize("far", FAR)
     def test_work(self, far):
         """The arithmetic, which no busy machine moves; `test_time` is for a quiet one."""
-        work = {}
-        for length, run in self.runs(far).items():
-            with FlopCounterMode(display=False) as counter:
-                run()
-            work[length] = counter.get_total_flops()
+        work = {length: flops(run) for length, run in self.runs(far).items()}
         assert 0 < work[4096] <= 4.1 * work[1024]
 
     @pytest.mark.slow

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import linearize
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention, revert, state_off, window_off
 from linearize.convert import converted_layers, is_converted, plan_layers, switch_of
-from tests.cost import LargestTensor, peak_bytes
+from tests.cost import LargestTensor, flops, growth_of_time, peak_bytes
 from tests.tiny_models import (
     FAMILIES,
     FAR,
@@ -415,9 +414,9 @@ class TestTraining:
             assert_same_gradients(gradients(student, **inputs), expected)
             student.gradient_checkpointing_disable()
 
-    @pytest.mark.parametrize("far", FAR)
-    def test_cost_is_linear(self, far, tmp_path):
-        """Forward and backward of a whole model, 4096 tokens against 1024: no 4-D mask either."""
+    @staticmethod
+    def runs(far):
+        """Forward and backward of a whole model, by length."""
         student = make_student("llama", far, window=32, changes={"num_hidden_layers": 2}).train()
 
         def run(length):
@@ -426,13 +425,20 @@ class TestTraining:
 
         runs = {length: run(length) for length in (1024, 4096)}
         runs[1024]()  # makes the gradients, which stay
+        return runs
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("far", FAR)
+    def test_time_is_linear(self, far):
+        assert growth_of_time(self.runs(far), limit=5) <= 5
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_cost_is_linear(self, far, tmp_path):
+        """4096 tokens against 1024: no 4-D mask either."""
+        runs = self.runs(far)
         peak = {length: peak_bytes(step, tmp_path) for length, step in runs.items()}
         assert peak[4096] <= 5 * peak[1024]
-        work = {}
-        for length, step in runs.items():
-            with FlopCounterMode(display=False) as counter:
-                step()
-            work[length] = counter.get_total_flops()
+        work = {length: flops(step) for length, step in runs.items()}
         assert 0 < work[4096] <= 4.1 * work[1024]
         largest = {}
         for length, step in runs.items():
