@@ -1,0 +1,539 @@
+"""Near-and-far attention in Triton: the launchers of `triton_forward` and `triton_backward`, as differentiable operators.
+
+`linearize::near_far` and `linearize::near_far_backward` are custom operators with fake kernels, so torch.compile and
+torch.export see one node each and look no further. Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is
+imported) they take CPU tensors.
+
+Shape legend as in `chunked`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..devices import Target
+from ..launch import current_target, launch
+from .mixers import Hedgehog, Mixer
+from .rows import Rows
+from .triton_blocks import blocks_of
+from .triton_backward import attention_backward_keys, attention_backward_queries, sink_gradients
+from .triton_forward import attention_forward, chunk_sums, prefix_sums
+
+__all__ = ["FarStates", "features_of", "near_far_backward", "near_far_forward", "near_far_operator"]
+
+TL_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# Beyond these a tile of x W does not stay in registers: the features are then computed before, by PyTorch.
+FUSED_HALF = 128
+FUSED_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the kernels compile for. mix "far" has no near side: `far_read`."""
+
+    window: int
+    sinks: int
+    mix: str
+    features: str  # "none", "given", "hedgehog"
+    scale: float
+
+
+@dataclass(frozen=True)
+class FarStates:
+    """before (P, K, F, V) in the operands' dtype and norms (P, K, F): the sums before each chunk of the table.
+
+    kept, kept_norms: those before the chunk that the table names for each sequence, (N, K, F, V) and (N, K, F), float32.
+    """
+
+    before: Tensor
+    norms: Tensor
+    kept: Tensor
+    kept_norms: Tensor
+
+
+def features_of(mixer: Mixer | None, q: Tensor, k: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
+    """(kind, of queries, of keys) for the operator: weights that it applies itself, or features.
+
+    Hedgehog's weights (H, D, HALF) and (K, D, HALF) where a tile of features fits in registers; any other mixer's
+    features (B, H, T, F) and (B, K, T, F), in the dtype of the far products.
+    """
+    if mixer is None:
+        return "none", None, None
+    if type(mixer) is Hedgehog:
+        half = mixer.query_weight.shape[-1]
+        if half <= FUSED_HALF and q.shape[-1] <= FUSED_HEAD_DIM:
+            return "hedgehog", mixer.query_weight, mixer.key_weight
+    dtype = far_dtype(q.dtype)
+    return "given", mixer.query_features(q).to(dtype), mixer.key_features(k).to(dtype)
+
+
+def far_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the operands of far products: bfloat16 for float16, whose range sums of many tokens would leave."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def near_far_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    rows: Rows,
+    problem: Problem,
+    initial: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, FarStates | None]:
+    """(out (B, H, T, V), stats (3, B, H, T), states): see `triton_forward`. No gradient.
+
+    sink_k, sink_v: k and v themselves, or tensors (B, K, S, .) where the table says that tokens came before.
+    mix: (B, H, T) log-odds, any strides, or None for zeros. initial: the state (N, K, F, V), (N, K, F) before the
+    table's first chunks.
+    """
+    call = _Call(q, k, v, query_features, rows, problem)
+    states = None
+    if problem.features != "none":
+        states = call.far_states(k, v, key_features, initial)
+    out, stats = call.outputs()
+    blocks = blocks_of("attention_forward", call.key(), call.target)
+    arguments = {
+        **call.tensors(q=q, k=k, v=v, sink_k=sink_k, sink_v=sink_v, mix=mix, phi=call.phi(query_features), out=out),
+        **call.weights(query_features),
+        "before": None if states is None else states.before,
+        "norms": None if states is None else states.norms,
+        "stats": stats,
+        **call.sizes(),
+        **blocks.constants,
+        "ONE_HEAD": call.one_head(blocks.constants["BLOCK_M"]),
+    }
+    grid = (rows.count * call.tiles(blocks.constants["BLOCK_M"]), call.kv_heads)
+    launch(attention_forward, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+    return out, stats, states
+
+
+def near_far_backward(
+    dout: Tensor,
+    dtop: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    rows: Rows,
+    problem: Problem,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, mix (B, H, T), and of the features or their weights; see `triton_backward`."""
+    call = _Call(q, k, v, query_features, rows, problem)
+    far = problem.features != "none"
+    states = call.far_states(k, v, key_features, None) if far else None
+    dout = call.last_contiguous(dout)
+    # Chunks without a far side, and padding, are not written.
+    dq, dk, dv = (torch.zeros_like(x) if rows.padded else torch.empty_like(x) for x in (q, k, v))
+    passed = torch.empty_like(stats)
+    dmix = None if mix is None else torch.zeros_like(stats[0])
+    dphi_q = dphi_k = None
+    if far:
+        width = call.half if problem.features == "hedgehog" else call.num_features
+        wanted = need_weights or problem.features == "given"
+        dtype = q.dtype if problem.features == "hedgehog" else far_dtype(q.dtype)
+        if wanted:
+            dphi_q = torch.zeros(*q.shape[:3], width, dtype=dtype, device=q.device)
+            dphi_k = torch.zeros(*k.shape[:3], width, dtype=dtype, device=q.device)
+
+    blocks = blocks_of("attention_backward_queries", call.key(), call.target)
+    tiles = call.tiles(blocks.constants["BLOCK_M"])
+    near = problem.mix != "far"
+    sinks = problem.sinks if near else 0
+    parts = [
+        torch.empty(rows.count, tiles, call.kv_heads, sinks, x.shape[-1], dtype=call.wide, device=q.device)
+        for x in (k, v)
+    ]
+    arguments = {
+        **call.tensors(
+            q=q, k=k, v=v, sink_k=k, sink_v=v, mix=mix, phi=call.phi(query_features), out=out, dout=dout, dq=dq
+        ),
+        **call.weights(query_features),
+        "before": None if states is None else states.before,
+        "norms": None if states is None else states.norms,
+        "dtop": dtop,
+        "stats": stats,
+        "dmix": dmix,
+        "dphi": dphi_q,
+        "passed": passed,
+        "dsink_k": parts[0],
+        "dsink_v": parts[1],
+        **call.sizes(),
+        **blocks.constants,
+        "ONE_HEAD": call.one_head(blocks.constants["BLOCK_M"]),
+    }
+    launch(
+        attention_backward_queries,
+        (rows.count * tiles, call.kv_heads),
+        arguments,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    dstates = dnorms = None
+    if far:
+        factors = stats[2], passed[2]
+        sums, norms = call.chunk_sums(q, dout, query_features, call.group, factors)
+        dstates = call.prefix(sums, None, far_dtype(q.dtype), reverse=True)[0]
+        dnorms = call.prefix(norms, None, call.wide, reverse=True)[0]
+
+    key_blocks = blocks_of("attention_backward_keys", call.key(), call.target)
+    arguments = {
+        **call.tensors(q=q, k=k, v=v, phi=call.phi(key_features), dout=dout, dk=dk, dv=dv),
+        **call.weights(key_features),
+        "dstates": dstates,
+        "dnorms": dnorms,
+        "stats": stats,
+        "passed": passed,
+        "dphi": dphi_k,
+        **call.sizes(),
+        **key_blocks.constants,
+    }
+    arguments.pop("tiny")
+    grid = (rows.count * -(-problem.window // key_blocks.constants["BLOCK_N"]), call.kv_heads)
+    launch(
+        attention_backward_keys,
+        grid,
+        arguments,
+        num_warps=key_blocks.num_warps,
+        num_stages=key_blocks.num_stages,
+    )
+    if sinks:
+        for part, dx in zip(parts, (dk, dv)):
+            call.add_sinks(part, dx, tiles)
+    if problem.features == "hedgehog" and need_weights:
+        assert dphi_q is not None and dphi_k is not None
+        return dq, dk, dv, dmix, _weight_gradient(q, dphi_q), _weight_gradient(k, dphi_k)
+    return dq, dk, dv, dmix, dphi_q, dphi_k
+
+
+class _Call:
+    """One call's tensors and sizes, put into the arguments that the kernels share."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor | None, rows: Rows, problem: Problem):
+        self.q, self.rows, self.problem = q, rows, problem
+        self.batch, self.heads, self.length, self.head_dim = q.shape
+        self.kv_heads, self.value_dim = k.shape[1], v.shape[-1]
+        self.group = self.heads // self.kv_heads
+        self.target: Target = current_target(q.device)
+        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.half = self.num_features = 0
+        if features is not None:
+            self.half = features.shape[-1]
+            self.num_features = self.half * (2 if problem.features == "hedgehog" else 1)
+        if q.dtype == torch.float32:
+            self.precision = "tf32x3" if self.target.backend == "cuda" else "ieee"
+        else:
+            self.precision = "ieee"
+
+    def key(self) -> dict[str, Any]:
+        """What blocks are chosen by."""
+        return {
+            "dtype": self.q.dtype,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "half": self.half,
+            "features": self.problem.features,
+            "window": self.problem.window,
+            "group": self.group,
+            "sinks": self.problem.sinks,
+        }
+
+    def sizes(self) -> dict[str, Any]:
+        """Sizes and constants of the attention kernels."""
+        problem = self.problem
+        return {
+            "chunks": self.rows.chunks,
+            "plane": self.batch * self.heads * self.length,
+            "T": self.length,
+            "KV_HEADS": self.kv_heads,
+            "D": self.head_dim,
+            "V": self.value_dim,
+            "F": self.num_features,
+            "scale": problem.scale,
+            "tiny": torch.finfo(self.wide).tiny,
+            "WINDOW": problem.window,
+            "GROUP": self.group,
+            "SINKS": problem.sinks,
+            "HALF": self.half,
+            "FEATURES": problem.features,
+            "MIX": problem.mix,
+            **self.types(),
+        }
+
+    def types(self) -> dict[str, Any]:
+        """Constants of arithmetic."""
+        return {
+            "ACC": TL_TYPES[self.wide],
+            "FAR": TL_TYPES[far_dtype(self.q.dtype)],
+            "PRECISION": self.precision,
+        }
+
+    def tensors(self, **named: Tensor | None) -> dict[str, Any]:
+        """Each tensor (B, heads, T, ...) with the strides of its first three dimensions, by the kernels' names."""
+        arguments: dict[str, Any] = {}
+        for name, x in named.items():
+            strides = (0, 0, 0) if x is None else x.stride()[:3]
+            arguments[name] = x
+            arguments |= dict(zip((f"{name}_row", f"{name}_head", f"{name}_token"), strides))
+        return arguments
+
+    def phi(self, features: Tensor | None) -> Tensor | None:
+        """The features, where they are given."""
+        return features if self.problem.features == "given" else None
+
+    def weights(self, features: Tensor | None) -> dict[str, Tensor | None]:
+        """Hedgehog's weights as operands: themselves, or two terms of the 16-bit dtype that add up to them."""
+        if self.problem.features != "hedgehog" or features is None:
+            return {"weight": None, "weight_low": None}
+        weight = features.detach()
+        high = weight.to(self.q.dtype).contiguous()
+        low = None
+        if self.q.dtype not in (torch.float32, torch.float64):
+            low = (weight - high.to(weight.dtype)).to(self.q.dtype).contiguous()
+        return {"weight": high, "weight_low": low}
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """out, laid out as (B, T, H, V) for the projection that follows, and stats; zeros where nothing is written."""
+        return _empty_outputs(self.q, self.value_dim, self.rows.padded)
+
+    def tiles(self, block_m: int) -> int:
+        """Tiles of query rows of a chunk and KV group."""
+        return -(-self.group * self.problem.window // block_m)
+
+    def one_head(self, block_m: int) -> bool:
+        """Whether no tile has rows of two heads."""
+        return self.group == 1 or self.problem.window % block_m == 0
+
+    @staticmethod
+    def last_contiguous(x: Tensor) -> Tensor:
+        """x with its last dimension contiguous, as the kernels read it."""
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def far_states(
+        self, k: Tensor, v: Tensor, features: Tensor | None, initial: tuple[Tensor, Tensor] | None
+    ) -> FarStates:
+        """The states before every chunk."""
+        assert features is not None
+        sums, norms = self.chunk_sums(k, v, features, 1, None)
+        state, state_norms = initial if initial is not None else (None, None)
+        before, kept = self.prefix(sums, state, far_dtype(self.q.dtype), reverse=False)
+        norms_before, kept_norms = self.prefix(norms, state_norms, self.wide, reverse=False)
+        return FarStates(before, norms_before, kept, kept_norms)
+
+    def chunk_sums(
+        self, x: Tensor, y: Tensor, features: Tensor | None, group: int, factors: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sums (P, K, F, V), norms (P, K, F)) of `chunk_sums`."""
+        count, problem = self.rows.count, self.problem
+        sums = torch.empty(count, self.kv_heads, self.num_features, self.value_dim, dtype=self.wide, device=x.device)
+        norms = torch.empty(count, self.kv_heads, self.num_features, dtype=self.wide, device=x.device)
+        blocks = blocks_of("chunk_sums", self.key() | {"group": group}, self.target)
+        constants = blocks.constants
+        sizes = self.sizes()
+        for name in ("plane", "scale", "tiny", "MIX"):
+            sizes.pop(name)
+        arguments = {
+            **self.tensors(x=x, y=y, phi=self.phi(features)),
+            **self.weights(features),
+            "factor": None if factors is None else factors[0],
+            "factor_norm": None if factors is None else factors[1],
+            "sums": sums,
+            "norms": norms,
+            **sizes,
+            **constants,
+            "GROUP": group,
+            "ONE_HEAD": group == 1 or problem.window % constants["BLOCK_M"] == 0,
+        }
+        splits = -(-self.value_dim // constants["BLOCK_V"])
+        if problem.features == "given":
+            splits *= -(-self.num_features // constants["BLOCK_F"])
+        grid = (count, self.kv_heads, splits)
+        launch(chunk_sums, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+        return sums, norms
+
+    def prefix(
+        self, sums: Tensor, initial: Tensor | None, dtype: torch.dtype, *, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(before, kept) of `prefix_sums`."""
+        size = sums[0, 0].numel()
+        before = torch.empty_like(sums, dtype=dtype)
+        sequences = self.rows.sequences
+        kept = None
+        if not reverse:
+            kept = torch.zeros(sequences.shape[0], *sums.shape[1:], dtype=sums.dtype, device=sums.device)
+        block = min(1024, 1 << (size - 1).bit_length())
+        arguments = {
+            "sums": sums,
+            "initial": initial,
+            "before": before,
+            "kept": kept,
+            "sequences": sequences,
+            "KV_HEADS": self.kv_heads,
+            "SIZE": size,
+            "BLOCK": block,
+            "ACC": TL_TYPES[self.wide],
+            "REVERSE": reverse,
+        }
+        grid = (sequences.shape[0], self.kv_heads, -(-size // block))
+        launch(prefix_sums, grid, arguments, num_warps=4, num_stages=3)
+        return before, before if kept is None else kept
+
+    def add_sinks(self, parts: Tensor, dx: Tensor, tiles: int) -> None:
+        """The sinks' gradients into dx."""
+        size = parts.shape[-1]
+        arguments = {
+            "parts": parts,
+            "sequences": self.rows.sequences,
+            "chunks": self.rows.chunks,
+            **self.tensors(dx=dx),
+            "KV_HEADS": self.kv_heads,
+            "SIZE": size,
+            "WINDOW": self.problem.window,
+            "SINKS": self.problem.sinks,
+            "TILES": tiles,
+            "BLOCK": max(16, 1 << (size - 1).bit_length()),
+            "ACC": TL_TYPES[self.wide],
+        }
+        grid = (self.rows.sequences.shape[0], self.kv_heads, self.problem.sinks)
+        launch(sink_gradients, grid, arguments, num_warps=4, num_stages=2)
+
+
+def _empty_outputs(q: Tensor, value_dim: int, padded: bool) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    make = torch.zeros if padded else torch.empty
+    out = make(batch, length, heads, value_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, make(3, batch, heads, length, dtype=wide, device=q.device)
+
+
+def _weight_gradient(x: Tensor, dp: Tensor) -> Tensor:
+    """sum over batch and tokens of x^T dp, (heads, D, HALF), accumulated in float32 (float64)."""
+    x, dp = (y.transpose(0, 1).flatten(1, 2) for y in (x, dp))
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(x.transpose(1, 2), dp, out_dtype=torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(wide).transpose(1, 2) @ dp.to(wide)
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+# Optional outputs are empty tensors: an operator's schema has no None among its results.
+
+
+@torch.library.custom_op("linearize::near_far", mutates_args=())
+def near_far_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    chunks: Tensor,
+    sequences: Tensor,
+    count: int,
+    padded: bool,
+    window: int,
+    sinks: int,
+    mix_kind: str,
+    features: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, stats) of `near_far_forward` for rows from their first token on, differentiable."""
+    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
+    out, stats, _ = near_far_forward(q, k, v, k, v, mix, query_features, key_features, rows, problem)
+    return out, stats
+
+
+@near_far_operator.register_fake
+def _(q, k, v, mix, query_features, key_features, chunks, sequences, count, padded, *rest):
+    return _empty_outputs(q, v.shape[-1], padded)
+
+
+@torch.library.custom_op("linearize::near_far_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor,
+    dtop: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    chunks: Tensor,
+    sequences: Tensor,
+    count: int,
+    padded: bool,
+    window: int,
+    sinks: int,
+    mix_kind: str,
+    features: str,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
+    gradients = near_far_backward(
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, rows, problem, need_weights
+    )
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
+
+
+@_backward_operator.register_fake
+def _(
+    dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, count, padded, window, sinks,
+    mix_kind, features, scale, need_weights,
+):  # fmt: skip
+    nothing = q.new_empty(0)
+    dmix = nothing if mix is None else torch.empty_like(stats[0])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq_features, dk_features = nothing, nothing
+    if features == "given":
+        dq_features, dk_features = (x.new_empty(x.shape) for x in (query_features, key_features))
+    elif features == "hedgehog" and need_weights:
+        dq_features, dk_features = (x.new_empty(x.shape, dtype=wide) for x in (query_features, key_features))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmix, dq_features, dk_features
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mix, query_features, key_features, chunks, sequences, *rest = inputs
+    out, stats = output
+    ctx.save_for_backward(q, k, v, mix, query_features, key_features, out, stats, chunks, sequences)
+    ctx.rest = rest
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dstats: Tensor | None) -> tuple:
+    q, k, v, mix, query_features, key_features, out, stats, chunks, sequences = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dtop = None
+    if ctx.rest[4] == "far":
+        dtop = torch.zeros_like(stats[0]) if dstats is None else dstats[0].contiguous()
+    need_weights = any(ctx.needs_input_grad[4:6])
+    gradients = _backward_operator(
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, *ctx.rest, need_weights
+    )
+    inputs = (q, k, v, mix, query_features, key_features)
+    gradients = [
+        g.to(x.dtype) if x is not None and needed else None
+        for g, x, needed in zip(gradients, inputs, ctx.needs_input_grad)
+    ]
+    return (*gradients, None, None, *(None for _ in ctx.rest))
+
+
+near_far_operator.register_autograd(_differentiate, setup_context=_setup_context)
