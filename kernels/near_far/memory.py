@@ -1,14 +1,15 @@
 """What decoding remembers of a row, in a constant number of bytes, and the step that reads and extends it.
 
-    near_k, near_v: (B, K, 2 W, .)   the tokens at positions start .. start + 2 W - 1; start is a multiple of W
+    near_k, near_v: (B, K, 2 W, .)   a ring: the token at position t lies in slot t mod 2 W
     sink_k, sink_v: (B, K, S, .)     the first S tokens
     state                            every token before start that is no sink
     lengths                          real tokens seen, a row each
 
-A token at position t goes to slot t - start. When both chunks are full and one more token comes, the older chunk is
-folded into the state, the newer one moves to the front and start grows by W: the state is read at every token and
-written once in W. The chunk of the newest token then sees exactly the slots before its own, the sinks before start,
-and the state: the definition in `reference`, with no mask.
+start is where the chunk before the newest token's chunk begins. Even chunks fill the ring's first half and odd ones
+its second, so nothing ever moves: when the next token begins chunk c >= 2, chunk c - 2, which lies in the half that
+it will overwrite, is folded into the state, and start grows by W. The state is read at every token and written once
+in W. A query in chunk c sees the whole other half (if c >= 1), its own half up to its own slot, the sinks before
+start, and the state: the definition in `reference`. What else lies in its own half is chunk c - 2, which is not seen.
 
 Shape legend as in `chunked`.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks, positions
+from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks
 from .mixers import Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
 
@@ -27,8 +28,11 @@ __all__ = ["Memory", "near_far_step"]
 
 @dataclass
 class Memory:
-    """See the module. `uniform` is the length of every row while all are equal, else None: rows of one length need
-    no index tensors, and their bookkeeping stays on the host."""
+    """See the module. `uniform` is the length of every row while all are known to be equal, else None: rows of one
+    length need no index tensors, and their bookkeeping stays on the host.
+
+    Decoding one token without gradients changes the tensors in place, so that their addresses stay what they were.
+    """
 
     near_k: Tensor
     near_v: Tensor
@@ -39,18 +43,34 @@ class Memory:
     uniform: int | None
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor, mixer: Mixer | None, *, window: int, sinks: int) -> "Memory":
-        """A memory of nothing, for keys (B, K, ., D) and values (B, K, ., V) like these."""
+    def empty(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        mixer: Mixer | None,
+        *,
+        window: int,
+        sinks: int,
+        state_dtype: torch.dtype | None = None,
+    ) -> "Memory":
+        """A memory of nothing, for keys (B, K, ., D) and values (B, K, ., V) like these.
+
+        state_dtype: what the sums of phi_k v^T are stored in, such as bfloat16; None is the mixer's own choice,
+        float32. They are added up in float32 either way and rounded once a chunk; their normaliser stays float32.
+        """
 
         def zeros(x: Tensor, tokens: int) -> Tensor:
             return x.new_zeros(x.shape[0], x.shape[1], tokens, x.shape[3])
 
+        state = None if mixer is None else mixer.empty_state(k, v)
+        if state is not None and state_dtype is not None:
+            state = State(state.s.to(state_dtype), state.z)
         return cls(
             near_k=zeros(k, 2 * window),
             near_v=zeros(v, 2 * window),
             sink_k=zeros(k, sinks),
             sink_v=zeros(v, sinks),
-            state=None if mixer is None else mixer.empty_state(k, v),
+            state=state,
             lengths=torch.zeros(k.shape[0], dtype=torch.long, device=k.device),
             uniform=0,
         )
@@ -106,7 +126,8 @@ def _many_tokens(
     scale: float | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Memory]:
-    """Old chunks and new tokens side by side in one chunked pass that starts at the row's `start`."""
+    """Old chunks and new tokens side by side, in the order of time, in one chunked pass that starts at the row's
+    `start`."""
     new = q.shape[2]
     counts = torch.full_like(memory.lengths, new) if mask is None else mask.sum(-1)
     uniform = memory.uniform if mask is None else None
@@ -121,13 +142,17 @@ def _many_tokens(
     sink_v = _write_sinks(memory.sink_v, v_new, memory.lengths, counts, uniform)
     q_rows, k_rows, v_rows = (
         pad_to_chunks(_append(old, x, filled, longest), window)
-        for old, x in ((None, q_new), (memory.near_k, k_new), (memory.near_v, v_new))
+        for old, x in (
+            (None, q_new),
+            (_turn(memory.near_k, start, window), k_new),
+            (_turn(memory.near_v, start, window), v_new),
+        )
     )
     out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale, start=start)
     states = None
     if mixer is not None:
         far, log_mass, states = far_chunked(
-            q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=memory.state
+            q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=_wide(memory.state)
         )
         if mix_logit is not None and mix_logit.ndim == 3:
             (mix_rows,) = pack_rows(mask, mix_logit[..., None])
@@ -137,13 +162,18 @@ def _many_tokens(
 
     # What is remembered next: the two chunks that end with the newest token, and the state before them.
     end = lengths if uniform is None else uniform + new
-    skipped = _start(end, window) - start
+    next_start = _start(end, window)
+    skipped = next_start - start
     state = None
     if states is not None:
-        state = State(*(_chunk(x.detach(), skipped, window) for x in states))
-    near_k, near_v = (_rows(x.detach(), skipped, 2 * window) for x in (k_rows, v_rows))
+        assert memory.state is not None, "a memory made for a mixer has a state"
+        state = State(
+            *(_chunk(x.detach(), skipped, window).to(old.dtype) for x, old in zip(states, memory.state, strict=True))
+        )
+    near_k, near_v = (
+        _turn(_rows(x.detach(), skipped, 2 * window), next_start, window).contiguous() for x in (k_rows, v_rows)
+    )
     next_uniform = None if uniform is None else uniform + new
-    near_k, near_v = near_k.contiguous(), near_v.contiguous()
     return out, Memory(near_k, near_v, sink_k.detach(), sink_v.detach(), state, lengths, next_uniform)
 
 
@@ -161,79 +191,124 @@ def _one_token(
     scale: float | None,
 ) -> tuple[Tensor, Memory]:
     """The decode step, in place: no concatenation, no copy of the window, key heads never repeated."""
-    uniform = memory.uniform
-    position = memory.lengths if uniform is None else uniform
-    start = _start(position, window)
-    full = position - start == 2 * window
-    if full if uniform is not None else bool(full.any()):
-        _fold(memory, mixer, full, start, window=window, sinks=sinks)
-        start = start + full * window
-    slot = position - start
-
-    if uniform is not None:
-        memory.near_k[:, :, slot] = k[:, :, 0]
-        memory.near_v[:, :, slot] = v[:, :, 0]
-        if uniform < sinks:
-            memory.sink_k[:, :, uniform] = k[:, :, 0]
-            memory.sink_v[:, :, uniform] = v[:, :, 0]
-        memory.uniform = uniform + 1
-    else:
-        row = torch.arange(k.shape[0], device=k.device)
-        memory.near_k[row, :, slot] = k[:, :, 0]
-        memory.near_v[row, :, slot] = v[:, :, 0]
-        one = torch.ones_like(memory.lengths)
-        memory.sink_k = _write_sinks(memory.sink_k, k, memory.lengths, one, None)
-        memory.sink_v = _write_sinks(memory.sink_v, v, memory.lengths, one, None)
-    memory.lengths = memory.lengths + 1
+    _fold(memory, mixer, window=window, sinks=sinks)
+    _remember(memory, k, v)
+    position: int | Tensor = memory.lengths.clone() if memory.uniform is None else memory.uniform
+    memory.lengths.add_(1)
+    if memory.uniform is not None:
+        memory.uniform += 1
 
     dtype = accumulation_dtype(q)
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = q.to(dtype).view(q.shape[0], kv_heads, heads // kv_heads, -1) * scale  # (B, K, G, D)
     near_k, near_v, sink_k, sink_v = memory.near_k, memory.near_v, memory.sink_k, memory.sink_v
-    if uniform is not None:
-        near_k, near_v = near_k[:, :, : slot + 1], near_v[:, :, : slot + 1]
-        sink_k, sink_v = sink_k[:, :, :start], sink_v[:, :, :start]
-    near_logits = queries @ near_k.to(dtype).transpose(-1, -2)
-    sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
-    if uniform is None:
-        after = torch.arange(2 * window, device=q.device) > slot[:, None]
-        near_logits = near_logits.masked_fill(after[:, None, None], -torch.inf)
+    if isinstance(position, Tensor):
+        hidden = _hidden_slots(position, window)
+        start = (position // window - 1).clamp_min(0) * window
+        near_logits = queries @ near_k.to(dtype).transpose(-1, -2)
+        near_logits.masked_fill_(hidden[:, None, None], -torch.inf)
+        sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
         inside = torch.arange(sinks, device=q.device) >= start[:, None]
-        sink_logits = sink_logits.masked_fill(inside[:, None, None], -torch.inf)
+        sink_logits.masked_fill_(inside[:, None, None], -torch.inf)
+        far = True
+    else:
+        chunk, offset = position // window, position % window
+        # In an even chunk the rest of the first half, which is chunk c - 2, lies between the tokens that are seen.
+        between = chunk > 0 and chunk % 2 == 0
+        shown = 2 * window if between else position % (2 * window) + 1
+        near_k, near_v = near_k[:, :, :shown], near_v[:, :, :shown]
+        near_logits = queries @ near_k.to(dtype).transpose(-1, -2)
+        if between:
+            near_logits[..., offset + 1 : window] = -torch.inf
+        sink_count = min(sinks, max(chunk - 1, 0) * window)
+        sink_k, sink_v = sink_k[:, :, :sink_count], sink_v[:, :, :sink_count]
+        sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
+        far = chunk >= 2
     logits = torch.cat([sink_logits, near_logits], dim=-1)
     weights, total, lse = exponentials(logits)
-    shown = sink_logits.shape[-1]
-    out = weights[..., shown:] @ near_v.to(dtype)
-    if shown:
-        out = out + weights[..., :shown] @ sink_v.to(dtype)
+    sink_count = sink_logits.shape[-1]
+    out = weights[..., sink_count:] @ near_v.to(dtype)
+    if sink_count:
+        out = out + weights[..., :sink_count] @ sink_v.to(dtype)
     out, lse = (out / total).flatten(1, 2)[:, :, None], lse.flatten(1, 2)
-    if mixer is not None and (uniform is None or start > 0):
-        assert memory.state is not None, "a memory made for a mixer has a state"
+    if mixer is not None and far:
         phi_q = mixer.query_features(q).view(q.shape[0], kv_heads, heads // kv_heads, -1)
-        far, log_mass = mixer.read(memory.state, phi_q)
-        far, log_mass = far.flatten(1, 2)[:, :, None], log_mass.flatten(1, 2)[:, :, None]
-        out = mix_near_far(out, lse, far, log_mass, mix_logit, mix)
+        state = _wide(memory.state)
+        assert state is not None, "a memory made for a mixer has a state"
+        value, log_mass = mixer.read(state, phi_q)
+        value, log_mass = value.flatten(1, 2)[:, :, None], log_mass.flatten(1, 2)[:, :, None]
+        out = mix_near_far(out, lse, value, log_mass, mix_logit, mix)
     return out.to(q.dtype), memory
 
 
-def _fold(memory: Memory, mixer: Mixer | None, full: bool | Tensor, start: int | Tensor, *, window: int, sinks: int):
-    """Older chunk into the state, newer chunk to the front, in the rows where both are full."""
-    keep = None if isinstance(full, bool) else full[:, None, None, None]
-    if mixer is not None:
-        assert memory.state is not None, "a memory made for a mixer has a state"
-        phi_k = mixer.key_features(memory.near_k[:, :, :window])
-        kept = positions(start, window, phi_k.device) >= sinks
-        phi_k = phi_k * kept[:, None, :, None]
-        after = mixer.update(memory.state, phi_k, memory.near_v[:, :, :window])
-        if keep is not None:
-            after = State(
-                torch.where(keep, after.s, memory.state.s), torch.where(keep[..., 0], after.z, memory.state.z)
-            )
-        memory.state = after
-    for near in (memory.near_k, memory.near_v):
-        newer = near[:, :, window:]
-        near[:, :, :window] = newer if keep is None else torch.where(keep, newer, near[:, :, :window])
+def _remember(memory: Memory, k: Tensor, v: Tensor) -> None:
+    """One new token of every row into its slot of the ring, and among the sinks where it is one of them."""
+    size, sinks = memory.near_k.shape[2], memory.sink_k.shape[2]
+    for x, near, sink in ((k, memory.near_k, memory.sink_k), (v, memory.near_v, memory.sink_v)):
+        if memory.uniform is not None:
+            near[:, :, memory.uniform % size] = x[:, :, 0]
+            if memory.uniform < sinks:
+                sink[:, :, memory.uniform] = x[:, :, 0]
+            continue
+        row = torch.arange(x.shape[0], device=x.device)
+        near[row, :, memory.lengths % size] = x[:, :, 0]
+        chosen = torch.arange(sinks, device=x.device) == memory.lengths[:, None]
+        sink.copy_(torch.where(chosen[:, None, :, None], x, sink))
+
+
+def _fold(memory: Memory, mixer: Mixer | None, *, window: int, sinks: int) -> None:
+    """In the rows whose next token begins a chunk c >= 2: chunk c - 2, which it will overwrite, into the state."""
+    if mixer is None:
+        return
+    assert memory.state is not None, "a memory made for a mixer has a state"
+    position: int | Tensor = memory.lengths if memory.uniform is None else memory.uniform
+    due = (position % window == 0) & (position >= 2 * window)
+    if not bool(due.any() if isinstance(due, Tensor) else due):
+        return
+    half = torch.arange(window, device=memory.near_k.device)
+    if isinstance(position, Tensor):
+        slots = (position // window % 2 * window)[:, None] + half
+        first = position[:, None] - 2 * window
+        k, v = (
+            x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+            for x in (memory.near_k, memory.near_v)
+        )
+        kept = (first + half >= sinks) & due[:, None]
+        changed = due[:, None, None, None]
+    else:
+        slot = position // window % 2 * window
+        k, v = memory.near_k[:, :, slot : slot + window], memory.near_v[:, :, slot : slot + window]
+        kept = (position - 2 * window + half >= sinks)[None]
+        changed = None
+    phi_k = mixer.key_features(k) * kept[:, None, :, None]
+    before = _wide(memory.state)
+    assert before is not None
+    after = mixer.update(before, phi_k, v)
+    for old, new, where in zip(memory.state, after, (changed, None if changed is None else changed[..., 0])):
+        old.copy_(new if where is None else torch.where(where, new, old))
+
+
+def _hidden_slots(position: Tensor, window: int) -> Tensor:
+    """(B, 2 W): which slots of the ring a query at `position` (B,) does not see, its own token being there."""
+    slot = torch.arange(2 * window, device=position.device)
+    chunk, offset = (position // window)[:, None], (position % window)[:, None]
+    own = slot // window == chunk % 2
+    return torch.where(own, slot % window > offset, chunk == 0)
+
+
+def _turn(x: Tensor, start: int | Tensor, window: int) -> Tensor:
+    """The ring x (B, heads, 2 W, .) in the order of time, from slot start mod 2 W on; its own inverse, since `start`
+    (int or (B,)) is a multiple of W."""
+    if isinstance(start, int):
+        return x.roll(window, 2) if start // window % 2 else x
+    odd = (start // window % 2 == 1)[:, None, None, None]
+    return torch.where(odd, x.roll(window, 2), x)
+
+
+def _wide(state: State | None) -> State | None:
+    """The state in the dtype it is added up and read in, which is its normaliser's."""
+    return None if state is None else State(state.s.to(state.z.dtype), state.z)
 
 
 def _start(length, window: int):
