@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "is_contiguous_mask", "rows_of_batch", "rows_of_lengths", "rows_of_mask"]
+__all__ = ["Rows", "is_contiguous_mask", "rows_of_batch", "rows_of_documents", "rows_of_lengths", "rows_of_mask"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ def rows_of_mask(mask: Tensor, window: int, sinks: int) -> Rows:
     count = batch * -(-length // window)
     lengths = real.sum(-1, dtype=torch.int32)
     return rows_of_lengths(row, first, lengths, window=window, sinks=sinks, count=count, padded=True)
+
+
+def rows_of_documents(cu_seqlens: Tensor, length: int, window: int, sinks: int) -> Rows:
+    """The documents end to end in the one row of a batch: document i from cu_seqlens[i] to cu_seqlens[i + 1]."""
+    borders = cu_seqlens.int()
+    first, lengths = borders[:-1], borders.diff()
+    # Each document adds at most one chunk that is not full.
+    count = length // window + first.shape[0]
+    return rows_of_lengths(
+        torch.zeros_like(first), first, lengths, window=window, sinks=sinks, count=count, padded=False
+    )
 
 
 def rows_of_lengths(

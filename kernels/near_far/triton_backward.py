@@ -8,14 +8,15 @@ pass), delta = do . o, and under "gate" the far share r = w n, delta' = do . (ph
     mix      dmix     = w n (delta' - delta)              (normalizer: w (do . phi_q S - n delta))
     state    dS       = (w phi_q)^T do,  dz = -sum w delta' phi_q       of the chunk that the queries read
 
-1. `attention_backward_queries`, a program for each tile of query rows: dq, dmix, d(features), what the keys' pass needs
-   of each row, and this tile's part of the sinks' gradients.
-2. `chunk_sums` of the queries: dS and dz of the state each chunk read; `prefix_sums` from the end: what a chunk's own
+1. `far_backward_queries`, a program for each tile of query rows: delta, dmix, d(features).
+2. `near_backward_queries`, the same tiles: dq, and this tile's part of the sinks' gradients.
+3. `chunk_sums` of the queries: dS and dz of the state each chunk read; `prefix_sums` from the end: what a chunk's own
    sums get, from all queries two chunks on and later.
-3. `attention_backward_keys`, a program for each tile of keys: dk, dv, d(features), from its own chunk's queries and the
-   next one's and from dS.
-4. `sink_gradients`: adds up the parts of 1. into dk and dv.
+4. `far_backward_keys`, a program for each tile of keys: d(features) and dv's far part, from dS and dz.
+5. `near_backward_keys`, the same tiles: dk and dv, from the queries of the own chunk and the next one.
+6. `sink_gradients`: adds up the parts of 2. into dk and dv.
 
+Near and far are kernels of their own because both at once need more registers than there are at D = 128.
 Features computed inside (hedgehog) give d(x W) instead, 0 beyond HALF; dW is one matrix product of x with it. "far" has
 no near side; its delta is do . o minus the gradient of log n (`dtop`).
 """
@@ -37,7 +38,13 @@ from .triton_forward import (
     project,
 )
 
-__all__ = ["attention_backward_keys", "attention_backward_queries", "sink_gradients"]
+__all__ = [
+    "far_backward_keys",
+    "far_backward_queries",
+    "near_backward_keys",
+    "near_backward_queries",
+    "sink_gradients",
+]
 
 
 @triton.jit
@@ -72,12 +79,8 @@ def project_back(
 
 
 @triton.jit
-def attention_backward_queries(
+def far_backward_queries(
     q,
-    k,
-    v,
-    sink_k,
-    sink_v,
     mix,
     phi,
     weight,
@@ -88,28 +91,13 @@ def attention_backward_queries(
     dout,
     dtop,
     stats,
-    dq,
     dmix,
     dphi,
     passed,
-    dsink_k,
-    dsink_v,
     chunks,
     q_row,
     q_head,
     q_token,
-    k_row,
-    k_head,
-    k_token,
-    v_row,
-    v_head,
-    v_token,
-    sink_k_row,
-    sink_k_head,
-    sink_k_token,
-    sink_v_row,
-    sink_v_head,
-    sink_v_token,
     mix_row,
     mix_head,
     mix_token,
@@ -122,26 +110,19 @@ def attention_backward_queries(
     dout_row,
     dout_head,
     dout_token,
-    dq_row,
-    dq_head,
-    dq_token,
     plane,
     T,
     KV_HEADS,
     D,
     V,
     F,
-    scale,
     tiny,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
-    SINKS: tl.constexpr,
     HALF: tl.constexpr,
     FEATURES: tl.constexpr,
     MIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -150,11 +131,13 @@ def attention_backward_queries(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Step 1 of the module. `passed` (3, B, H, T): the factor of P, the error to subtract, -w delta'."""
+    """Step 1: delta, the far side of each query, and what the other steps need of it.
+
+    passed (3, B, H, T): the factor of exp(logit - m) in P, the error to subtract, -w delta'.
+    """
     TILES: tl.constexpr = (GROUP * WINDOW + BLOCK_M - 1) // BLOCK_M
     p = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
-    first = tile * BLOCK_M
+    first = (tl.program_id(0) % TILES) * BLOCK_M
     head = tl.program_id(1)
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
@@ -192,7 +175,6 @@ def attention_backward_queries(
     error = near * delta
     norm_factor = tl.zeros((BLOCK_M,), ACC)
     dlogit = tl.zeros((BLOCK_M,), ACC)
-    dq_acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
 
     if FEATURES != "none":
         if (local > 0) & (chunk > 1):
@@ -203,20 +185,20 @@ def attention_backward_queries(
             if FEATURES == "hedgehog":
                 projected = project(queries, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D,
                                     BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
-                plus = half_of_features(projected, 1.0, HALF, BLOCK_F)
-                z_plus = tl.load(norms + base + f, mask=f < HALF, other=0.0)[None, :]
-                values = load_state(state, f, V, HALF, BLOCK_V)
-                y_plus = tl.dot(do_far, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
-                n_plus = tl.sum(plus * z_plus, 1)
-                u_plus = tl.sum(plus * y_plus, 1)
-                minus = half_of_features(projected, -1.0, HALF, BLOCK_F)
-                z_minus = tl.load(norms + base + HALF + f, mask=f < HALF, other=0.0)[None, :]
-                values = load_state(state, HALF + f, V, 2 * HALF, BLOCK_V)
-                y_minus = tl.dot(do_far, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
-                n_minus = tl.sum(minus * z_minus, 1)
-                u_minus = tl.sum(minus * y_minus, 1)
-                n = n_plus + n_minus
-                u = u_plus + u_minus
+                # Both softmaxes' backward passes, one half after the other: of three tiles only two stay.
+                n = tl.zeros((BLOCK_M,), ACC)
+                u = tl.zeros((BLOCK_M,), ACC)
+                dp = tl.zeros((BLOCK_M, BLOCK_F), ACC)
+                for half in tl.static_range(2):
+                    features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
+                    n += tl.sum(
+                        features * tl.load(norms + base + half * HALF + f, mask=f < HALF, other=0.0)[None, :], 1
+                    )
+                    sums = load_state(state, half * HALF + f, V, (half + 1) * HALF, BLOCK_V)
+                    y = tl.dot(do_far, tl.trans(sums), input_precision=PRECISION, out_dtype=ACC)
+                    part = tl.sum(features * y, 1)
+                    u += part
+                    dp += (1.0 - 2.0 * half) * features * (y - part[:, None])
             else:
                 feature_rows = phi + row * phi_row + head * GROUP * phi_head + column * phi_token
                 n = tl.zeros((BLOCK_M,), ACC)
@@ -226,8 +208,8 @@ def attention_backward_queries(
                     at = g[:, None] * phi_head + t[:, None] * phi_token + i[None, :]
                     features = tl.load(feature_rows + at, mask=there[:, None] & (i < F)[None, :], other=0.0).to(ACC)
                     n += tl.sum(features * tl.load(norms + base + i, mask=i < F, other=0.0)[None, :], 1)
-                    values = load_state(state, i, V, F, BLOCK_V)
-                    y = tl.dot(do_far, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
+                    sums = load_state(state, i, V, F, BLOCK_V)
+                    y = tl.dot(do_far, tl.trans(sums), input_precision=PRECISION, out_dtype=ACC)
                     u += tl.sum(features * y, 1)
             far_delta = delta
             if MIX == "gate":
@@ -244,26 +226,134 @@ def attention_backward_queries(
                 dlogit = w * (u - n * delta)
             norm_factor = -w * far_delta
             if FEATURES == "hedgehog":
-                # The backward pass of both softmaxes.
-                dp = plus * (y_plus - far_delta[:, None] * z_plus - (u_plus - far_delta * n_plus)[:, None])
-                dp -= minus * (y_minus - far_delta[:, None] * z_minus - (u_minus - far_delta * n_minus)[:, None])
-                dp = (w[:, None] * dp).to(queries.dtype)
-                dq_acc += project_back(dp, g, low, high, weight, head * GROUP, D, HALF, BLOCK_M, BLOCK_D, BLOCK_F,
-                                       ONE_HEAD, ACC, PRECISION)  # fmt: skip
-                if dphi is not None:
-                    tl.store(dphi + (per_row + at_row)[:, None] * HALF + f[None, :], dp,
-                             mask=there[:, None] & (f < HALF)[None, :])  # fmt: skip
+                for half in tl.static_range(2):
+                    features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
+                    z = tl.load(norms + base + half * HALF + f, mask=f < HALF, other=0.0)[None, :]
+                    part = far_delta * tl.sum(features * z, 1)
+                    dp -= (1.0 - 2.0 * half) * features * (far_delta[:, None] * z - part[:, None])
+                at = (per_row + at_row)[:, None] * HALF + f[None, :]
+                dp = (w[:, None] * dp).to(dphi.dtype.element_ty)
+                tl.store(dphi + at, dp, mask=there[:, None] & (f < HALF)[None, :])
             else:
                 for begin in range(0, F, BLOCK_F):
                     i = begin + f
                     z = tl.load(norms + base + i, mask=i < F, other=0.0)
-                    values = load_state(state, i, V, F, BLOCK_V)
-                    y = tl.dot(do_far, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
-                    change = w[:, None] * (y - far_delta[:, None] * z[None, :])
+                    sums = load_state(state, i, V, F, BLOCK_V)
+                    y = tl.dot(do_far, tl.trans(sums), input_precision=PRECISION, out_dtype=ACC)
+                    dfeatures = w[:, None] * (y - far_delta[:, None] * z[None, :])
                     at = (per_row + at_row)[:, None] * F + i[None, :]
-                    tl.store(dphi + at, change.to(dphi.dtype.element_ty), mask=there[:, None] & (i < F)[None, :])
+                    tl.store(dphi + at, dfeatures.to(dphi.dtype.element_ty), mask=there[:, None] & (i < F)[None, :])
+
+    tl.store(passed + per_row + at_row, near, mask=there)
+    tl.store(passed + per_row + plane + at_row, error, mask=there)
+    if FEATURES != "none":
+        tl.store(passed + per_row + 2 * plane + at_row, norm_factor, mask=there)
+        if dmix is not None:
+            tl.store(dmix + per_row + at_row, dlogit, mask=there)
+
+
+@triton.jit
+def near_backward_queries(
+    q,
+    k,
+    v,
+    sink_k,
+    sink_v,
+    weight,
+    dout,
+    stats,
+    dq,
+    dphi,
+    passed,
+    dsink_k,
+    dsink_v,
+    chunks,
+    q_row,
+    q_head,
+    q_token,
+    k_row,
+    k_head,
+    k_token,
+    v_row,
+    v_head,
+    v_token,
+    sink_k_row,
+    sink_k_head,
+    sink_k_token,
+    sink_v_row,
+    sink_v_head,
+    sink_v_token,
+    dout_row,
+    dout_head,
+    dout_token,
+    dq_row,
+    dq_head,
+    dq_token,
+    plane,
+    T,
+    KV_HEADS,
+    D,
+    V,
+    scale,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    SINKS: tl.constexpr,
+    HALF: tl.constexpr,
+    FEATURES: tl.constexpr,
+    MIX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_HEAD: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Step 2: dq of BLOCK_M rows, and their part of the sinks' gradients."""
+    TILES: tl.constexpr = (GROUP * WINDOW + BLOCK_M - 1) // BLOCK_M
+    p = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    first = tile * BLOCK_M
+    head = tl.program_id(1)
+    entry = chunks + p * FIELDS
+    tokens = tl.load(entry + TOKENS)
+    if tokens == 0:
+        return
+    row = tl.load(entry + ROW).to(tl.int64)
+    column = tl.load(entry + COLUMN).to(tl.int64)
+    local = tl.load(entry + LOCAL)
+    chunk = tl.load(entry + CHUNK)
+
+    r = first + tl.arange(0, BLOCK_M)
+    g = r // WINDOW
+    t = r % WINDOW
+    there = (g < GROUP) & (t < tokens)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_V)[None, :]
+    f = tl.arange(0, BLOCK_F)
+    low = first // WINDOW
+    high = tl.minimum((first + BLOCK_M - 1) // WINDOW, GROUP - 1)
+    q += row * q_row + head * GROUP * q_head + column * q_token
+    queries = tl.load(q + g[:, None] * q_head + t[:, None] * q_token + d, mask=there[:, None] & (d < D), other=0.0)
+    dout += row * dout_row + head * GROUP * dout_head + column * dout_token
+    shown = there[:, None] & (e < V)
+    do = tl.load(dout + g[:, None] * dout_head + t[:, None] * dout_token + e, mask=shown, other=0.0)
+    per_row = (row * KV_HEADS + head) * GROUP * T + column
+    at_row = g * T + t
+    dq_acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if FEATURES == "hedgehog":
+        if (local > 0) & (chunk > 1):
+            at = (per_row + at_row)[:, None] * HALF + f[None, :]
+            dp = tl.load(dphi + at, mask=there[:, None] & (f < HALF)[None, :], other=0.0)
+            dq_acc += project_back(dp, g, low, high, weight, head * GROUP, D, HALF, BLOCK_M, BLOCK_D, BLOCK_F, ONE_HEAD,
+                                   ACC, PRECISION)  # fmt: skip
 
     if MIX != "far":
+        top = tl.load(stats + per_row + at_row, mask=there, other=0.0)
+        near = tl.load(passed + per_row + at_row, mask=there, other=0.0)
+        error = tl.load(passed + per_row + plane + at_row, mask=there, other=0.0)
         past = tl.where(local > 0, WINDOW, 0)
         last = tl.minimum(tokens, WINDOW)
         if ONE_HEAD:
@@ -308,17 +398,10 @@ def attention_backward_queries(
     dq += row * dq_row + head * GROUP * dq_head + column * dq_token
     at = g[:, None] * dq_head + t[:, None] * dq_token + d
     tl.store(dq + at, dq_acc.to(dq.dtype.element_ty), mask=there[:, None] & (d < D))
-    tl.store(passed + per_row + at_row, near, mask=there)
-    tl.store(passed + per_row + plane + at_row, error, mask=there)
-    if FEATURES != "none":
-        tl.store(passed + per_row + 2 * plane + at_row, norm_factor, mask=there)
-        if dmix is not None:
-            tl.store(dmix + per_row + at_row, dlogit, mask=there)
 
 
 @triton.jit
-def attention_backward_keys(
-    q,
+def far_backward_keys(
     k,
     v,
     phi,
@@ -326,12 +409,107 @@ def attention_backward_keys(
     weight_low,
     dstates,
     dnorms,
+    dv_far,
+    dphi,
+    chunks,
+    k_row,
+    k_head,
+    k_token,
+    v_row,
+    v_head,
+    v_token,
+    phi_row,
+    phi_head,
+    phi_token,
+    T,
+    KV_HEADS,
+    D,
+    V,
+    F,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    HALF: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC: tl.constexpr,
+    FAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Step 4: the far side of BLOCK_N keys: `dphi` (B, K, T, HALF or F) and dv's part, `dv_far` (B, K, T, V)."""
+    TILES: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
+    p = tl.program_id(0) // TILES
+    first = (tl.program_id(0) % TILES) * BLOCK_N
+    head = tl.program_id(1)
+    entry = chunks + p * FIELDS
+    tokens = tl.load(entry + TOKENS)
+    if first >= tokens:
+        return
+    row = tl.load(entry + ROW).to(tl.int64)
+    column = tl.load(entry + COLUMN).to(tl.int64)
+
+    j = first + tl.arange(0, BLOCK_N)
+    stored = j < tokens
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_V)[None, :]
+    k += row * k_row + head * k_head + column * k_token
+    v += row * v_row + head * v_head + column * v_token
+    key = tl.load(k + j[:, None] * k_token + d, mask=stored[:, None] & (d < D), other=0.0)
+    value = tl.load(v + j[:, None] * v_token + e, mask=stored[:, None] & (e < V), other=0.0)
+    dv_acc = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+
+    base = (p.to(tl.int64) * KV_HEADS + head) * F
+    state = dstates + base * V
+    f = tl.arange(0, BLOCK_F)
+    kept = stored & (tl.load(entry + CHUNK) * WINDOW + j >= SINKS)
+    per_row = (row * KV_HEADS + head) * T + column
+    if FEATURES == "hedgehog":
+        projected = project(key, j, 0, 0, weight, weight_low, head, D, HALF, BLOCK_N, BLOCK_D, BLOCK_F, True, ACC,
+                            PRECISION)  # fmt: skip
+        dp = tl.zeros((BLOCK_N, BLOCK_F), ACC)
+        for half in tl.static_range(2):
+            features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
+            features = tl.where(kept[:, None], features, 0.0)
+            dstate = load_state(state, half * HALF + f, V, (half + 1) * HALF, BLOCK_V)
+            dv_acc += tl.dot(features.to(FAR), dstate, input_precision=PRECISION, out_dtype=ACC)
+            dfeatures = tl.dot(value.to(FAR), tl.trans(dstate), input_precision=PRECISION, out_dtype=ACC)
+            dfeatures += tl.load(dnorms + base + half * HALF + f, mask=f < HALF, other=0.0)[None, :]
+            dp += (1.0 - 2.0 * half) * features * (dfeatures - tl.sum(features * dfeatures, 1)[:, None])
+        at = (per_row + j)[:, None] * HALF + f[None, :]
+        tl.store(dphi + at, dp.to(dphi.dtype.element_ty), mask=stored[:, None] & (f < HALF)[None, :])
+    else:
+        feature_rows = phi + row * phi_row + head * phi_head + column * phi_token
+        for begin in range(0, F, BLOCK_F):
+            i = begin + f
+            at = j[:, None] * phi_token + i[None, :]
+            features = tl.load(feature_rows + at, mask=kept[:, None] & (i < F)[None, :], other=0.0)
+            dstate = load_state(state, i, V, F, BLOCK_V)
+            dv_acc += tl.dot(features.to(FAR), dstate, input_precision=PRECISION, out_dtype=ACC)
+            dfeatures = tl.dot(value.to(FAR), tl.trans(dstate), input_precision=PRECISION, out_dtype=ACC)
+            dfeatures += tl.load(dnorms + base + i, mask=i < F, other=0.0)[None, :]
+            dfeatures = tl.where(kept[:, None], dfeatures, 0.0)
+            at = (per_row + j)[:, None] * F + i[None, :]
+            tl.store(dphi + at, dfeatures.to(dphi.dtype.element_ty), mask=stored[:, None] & (i < F)[None, :])
+
+    at = (per_row + j)[:, None] * V + e
+    tl.store(dv_far + at, dv_acc, mask=stored[:, None] & (e < V))
+
+
+@triton.jit
+def near_backward_keys(
+    q,
+    k,
+    v,
+    weight,
     dout,
     stats,
     passed,
     dk,
     dv,
     dphi,
+    dv_far,
     chunks,
     q_row,
     q_head,
@@ -342,9 +520,6 @@ def attention_backward_keys(
     v_row,
     v_head,
     v_token,
-    phi_row,
-    phi_head,
-    phi_token,
     dout_row,
     dout_head,
     dout_token,
@@ -359,11 +534,9 @@ def attention_backward_keys(
     KV_HEADS,
     D,
     V,
-    F,
     scale,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
-    SINKS: tl.constexpr,
     HALF: tl.constexpr,
     FEATURES: tl.constexpr,
     MIX: tl.constexpr,
@@ -373,10 +546,9 @@ def attention_backward_keys(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
-    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Step 3 of the module: dk and dv of BLOCK_N keys of one chunk and KV head; `dphi` (B, K, T, HALF or F)."""
+    """Step 5: dk and dv of BLOCK_N keys of one chunk and KV head, from the queries of its own and the next chunk."""
     TILES: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // TILES
     first = (tl.program_id(0) % TILES) * BLOCK_N
@@ -402,47 +574,14 @@ def attention_backward_keys(
     dk_acc = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv_acc = tl.zeros((BLOCK_N, BLOCK_V), ACC)
 
+    per_row = (row * KV_HEADS + head) * T + column
     if FEATURES != "none":
-        base = (p.to(tl.int64) * KV_HEADS + head) * F
-        state = dstates + base * V
+        dv_acc += tl.load(dv_far + (per_row + j)[:, None] * V + e, mask=stored[:, None] & (e < V), other=0.0)
+    if FEATURES == "hedgehog":
         f = tl.arange(0, BLOCK_F)
-        kept = stored & (tl.load(entry + CHUNK) * WINDOW + j >= SINKS)
-        per_row = (row * KV_HEADS + head) * T + column
-        if FEATURES == "hedgehog":
-            projected = project(key, j, 0, 0, weight, weight_low, head, D, HALF, BLOCK_N, BLOCK_D, BLOCK_F, True, ACC,
-                                PRECISION)  # fmt: skip
-            features = half_of_features(projected, 1.0, HALF, BLOCK_F)
-            features = tl.where(kept[:, None], features, 0.0)
-            dstate = load_state(state, f, V, HALF, BLOCK_V)
-            dv_acc += tl.dot(features.to(FAR), dstate, input_precision=PRECISION, out_dtype=ACC)
-            change = tl.dot(value.to(FAR), tl.trans(dstate), input_precision=PRECISION, out_dtype=ACC)
-            change += tl.load(dnorms + base + f, mask=f < HALF, other=0.0)[None, :]
-            dp = features * (change - tl.sum(features * change, 1)[:, None])
-            features = half_of_features(projected, -1.0, HALF, BLOCK_F)
-            features = tl.where(kept[:, None], features, 0.0)
-            dstate = load_state(state, HALF + f, V, 2 * HALF, BLOCK_V)
-            dv_acc += tl.dot(features.to(FAR), dstate, input_precision=PRECISION, out_dtype=ACC)
-            change = tl.dot(value.to(FAR), tl.trans(dstate), input_precision=PRECISION, out_dtype=ACC)
-            change += tl.load(dnorms + base + HALF + f, mask=f < HALF, other=0.0)[None, :]
-            dp -= features * (change - tl.sum(features * change, 1)[:, None])
-            dp = dp.to(key.dtype)
-            dk_acc += project_back(dp, j, 0, 0, weight, head, D, HALF, BLOCK_N, BLOCK_D, BLOCK_F, True, ACC, PRECISION)
-            if dphi is not None:
-                at = (per_row + j)[:, None] * HALF + f[None, :]
-                tl.store(dphi + at, dp, mask=stored[:, None] & (f < HALF)[None, :])
-        else:
-            feature_rows = phi + row * phi_row + head * phi_head + column * phi_token
-            for begin in range(0, F, BLOCK_F):
-                i = begin + f
-                at = j[:, None] * phi_token + i[None, :]
-                features = tl.load(feature_rows + at, mask=kept[:, None] & (i < F)[None, :], other=0.0)
-                dstate = load_state(state, i, V, F, BLOCK_V)
-                dv_acc += tl.dot(features.to(FAR), dstate, input_precision=PRECISION, out_dtype=ACC)
-                change = tl.dot(value.to(FAR), tl.trans(dstate), input_precision=PRECISION, out_dtype=ACC)
-                change += tl.load(dnorms + base + i, mask=i < F, other=0.0)[None, :]
-                change = tl.where(kept[:, None], change, 0.0)
-                at = (per_row + j)[:, None] * F + i[None, :]
-                tl.store(dphi + at, change.to(dphi.dtype.element_ty), mask=stored[:, None] & (i < F)[None, :])
+        at = (per_row + j)[:, None] * HALF + f[None, :]
+        dp = tl.load(dphi + at, mask=stored[:, None] & (f < HALF)[None, :], other=0.0)
+        dk_acc += project_back(dp, j, 0, 0, weight, head, D, HALF, BLOCK_N, BLOCK_D, BLOCK_F, True, ACC, PRECISION)
 
     if MIX != "far":
         for g in range(0, GROUP):
@@ -489,7 +628,7 @@ def sink_gradients(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx += the sum over a sequence's chunks and their row tiles of `parts` (P, TILES, K, S, SIZE), a sink a program."""
+    """dx += the sum over a sequence's chunks and row tiles of `parts` (P, TILES, K, S, SIZE), a sink a program."""
     sequence, head, sink = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(sequences + sequence * 3)
     count = tl.load(sequences + sequence * 3 + 1)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..devices import INTERPRETER, Target
 
 __all__ = ["Blocks", "blocks_of"]
@@ -33,7 +31,7 @@ def blocks_of(kernel: str, key: dict[str, Any], target: Target) -> Blocks:
         constants["BLOCK_V"] = min(value_dim, 64)
         return Blocks(constants, warps, 1)
     constants["BLOCK_N"] = min(most, _power(key["window"]))
-    if kernel == "attention_backward_keys":
+    if kernel in ("far_backward_keys", "near_backward_keys"):
         constants["BLOCK_M"] = min(most, _power(2 * key["window"]))
         return Blocks(constants, warps, 1)
     constants["BLOCK_S"] = min(most, _power(key["sinks"]))

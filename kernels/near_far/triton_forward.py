@@ -35,7 +35,6 @@ LOCAL = tl.constexpr(3)
 CHUNK = tl.constexpr(4)
 SINK_COLUMN = tl.constexpr(5)
 SINK_COUNT = tl.constexpr(6)
-SEQUENCE = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
 
@@ -173,8 +172,8 @@ def chunk_sums(
             tile = tl.load(x + g[:, None] * x_head + t[:, None] * x_token + d, mask=there[:, None] & (d < D), other=0.0)
             low = first // WINDOW
             high = tl.minimum((first + BLOCK_M - 1) // WINDOW, GROUP - 1)
-            q = project(tile, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D, BLOCK_F, ONE_HEAD,
-                        ACC, PRECISION)  # fmt: skip
+            q = project(tile, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D, BLOCK_F,
+                        ONE_HEAD, ACC, PRECISION)  # fmt: skip
             plus = half_of_features(q, 1.0, HALF, BLOCK_F)
             z += tl.sum(plus * b[:, None], 0)
             s += tl.dot(tl.trans((plus * a[:, None]).to(FAR)), values.to(FAR), input_precision=PRECISION, out_dtype=ACC)
@@ -436,19 +435,19 @@ def attention_forward(
             far = factor / total
             if FEATURES == "hedgehog":
                 features = (half_of_features(projected, 1.0, HALF, BLOCK_F) * factor[:, None]).to(FAR)
-                values = load_state(state, f, V, HALF, BLOCK_V)
-                acc += tl.dot(features, values, input_precision=PRECISION, out_dtype=ACC)
+                stored_sums = load_state(state, f, V, HALF, BLOCK_V)
+                acc += tl.dot(features, stored_sums, input_precision=PRECISION, out_dtype=ACC)
                 features = (half_of_features(projected, -1.0, HALF, BLOCK_F) * factor[:, None]).to(FAR)
-                values = load_state(state, HALF + f, V, 2 * HALF, BLOCK_V)
-                acc += tl.dot(features, values, input_precision=PRECISION, out_dtype=ACC)
+                stored_sums = load_state(state, HALF + f, V, 2 * HALF, BLOCK_V)
+                acc += tl.dot(features, stored_sums, input_precision=PRECISION, out_dtype=ACC)
             else:
                 for begin in range(0, F, BLOCK_F):
                     i = begin + f
                     at = g[:, None] * phi_head + t[:, None] * phi_token + i[None, :]
                     features = tl.load(feature_rows + at, mask=there[:, None] & (i < F)[None, :], other=0.0).to(ACC)
-                    values = load_state(state, i, V, F, BLOCK_V)
-                    features = (features * factor[:, None]).to(FAR)
-                    acc += tl.dot(features, values, input_precision=PRECISION, out_dtype=ACC)
+                    stored_sums = load_state(state, i, V, F, BLOCK_V)
+                    weighed = (features * factor[:, None]).to(FAR)
+                    acc += tl.dot(weighed, stored_sums, input_precision=PRECISION, out_dtype=ACC)
 
     out += row * out_row + head * GROUP * out_head + column * out_token
     at = g[:, None] * out_head + t[:, None] * out_token + e

@@ -1,8 +1,6 @@
-"""Near-and-far attention in Triton: the launchers of `triton_forward` and `triton_backward`, as differentiable operators.
+"""Near-and-far attention in Triton: the launchers of `triton_forward` and `triton_backward`.
 
-`linearize::near_far` and `linearize::near_far_backward` are custom operators with fake kernels, so torch.compile and
-torch.export see one node each and look no further. Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is
-imported) they take CPU tensors.
+Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) they take CPU tensors.
 
 Shape legend as in `chunked`.
 """
@@ -18,11 +16,17 @@ from ..devices import Target
 from ..launch import current_target, launch
 from .mixers import Hedgehog, Mixer
 from .rows import Rows
-from .triton_blocks import blocks_of
-from .triton_backward import attention_backward_keys, attention_backward_queries, sink_gradients
+from .triton_backward import (
+    far_backward_keys,
+    far_backward_queries,
+    near_backward_keys,
+    near_backward_queries,
+    sink_gradients,
+)
+from .triton_blocks import Blocks, blocks_of
 from .triton_forward import attention_forward, chunk_sums, prefix_sums
 
-__all__ = ["FarStates", "features_of", "near_far_backward", "near_far_forward", "near_far_operator"]
+__all__ = ["FarStates", "Problem", "empty_outputs", "far_dtype", "features_of", "near_far_backward", "near_far_forward"]
 
 TL_TYPES = {
     torch.float64: tl.float64,
@@ -50,7 +54,7 @@ class Problem:
 class FarStates:
     """before (P, K, F, V) in the operands' dtype and norms (P, K, F): the sums before each chunk of the table.
 
-    kept, kept_norms: those before the chunk that the table names for each sequence, (N, K, F, V) and (N, K, F), float32.
+    kept, kept_norms: those before the chunk that the table names for each sequence, (N, K, F, V), (N, K, F), float32.
     """
 
     before: Tensor
@@ -104,19 +108,15 @@ def near_far_forward(
     if problem.features != "none":
         states = call.far_states(k, v, key_features, initial)
     out, stats = call.outputs()
-    blocks = blocks_of("attention_forward", call.key(), call.target)
-    arguments = {
+    call.run(
+        attention_forward,
+        "queries",
         **call.tensors(q=q, k=k, v=v, sink_k=sink_k, sink_v=sink_v, mix=mix, phi=call.phi(query_features), out=out),
         **call.weights(query_features),
-        "before": None if states is None else states.before,
-        "norms": None if states is None else states.norms,
-        "stats": stats,
-        **call.sizes(),
-        **blocks.constants,
-        "ONE_HEAD": call.one_head(blocks.constants["BLOCK_M"]),
-    }
-    grid = (rows.count * call.tiles(blocks.constants["BLOCK_M"]), call.kv_heads)
-    launch(attention_forward, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+        before=None if states is None else states.before,
+        norms=None if states is None else states.norms,
+        stats=stats,
+    )
     return out, stats, states
 
 
@@ -144,81 +144,75 @@ def near_far_backward(
     dq, dk, dv = (torch.zeros_like(x) if rows.padded else torch.empty_like(x) for x in (q, k, v))
     passed = torch.empty_like(stats)
     dmix = None if mix is None else torch.zeros_like(stats[0])
-    dphi_q = dphi_k = None
+    dphi_q = dphi_k = dv_far = None
     if far:
         width = call.half if problem.features == "hedgehog" else call.num_features
-        wanted = need_weights or problem.features == "given"
         dtype = q.dtype if problem.features == "hedgehog" else far_dtype(q.dtype)
-        if wanted:
-            dphi_q = torch.zeros(*q.shape[:3], width, dtype=dtype, device=q.device)
-            dphi_k = torch.zeros(*k.shape[:3], width, dtype=dtype, device=q.device)
+        dphi_q = torch.zeros(*q.shape[:3], width, dtype=dtype, device=q.device)
+        dphi_k = torch.zeros(*k.shape[:3], width, dtype=dtype, device=q.device)
+        dv_far = torch.empty(*v.shape, dtype=call.wide, device=q.device)
 
-    blocks = blocks_of("attention_backward_queries", call.key(), call.target)
-    tiles = call.tiles(blocks.constants["BLOCK_M"])
+    call.run(
+        far_backward_queries,
+        "queries",
+        **call.tensors(q=q, mix=mix, phi=call.phi(query_features), out=out, dout=dout),
+        **call.weights(query_features),
+        before=None if states is None else states.before,
+        norms=None if states is None else states.norms,
+        dtop=dtop,
+        stats=stats,
+        dmix=dmix,
+        dphi=dphi_q,
+        passed=passed,
+    )
     near = problem.mix != "far"
     sinks = problem.sinks if near else 0
+    tiles = call.tiles(call.blocks(near_backward_queries).constants["BLOCK_M"])
     parts = [
         torch.empty(rows.count, tiles, call.kv_heads, sinks, x.shape[-1], dtype=call.wide, device=q.device)
         for x in (k, v)
     ]
-    arguments = {
-        **call.tensors(
-            q=q, k=k, v=v, sink_k=k, sink_v=v, mix=mix, phi=call.phi(query_features), out=out, dout=dout, dq=dq
-        ),
+    call.run(
+        near_backward_queries,
+        "queries",
+        **call.tensors(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
         **call.weights(query_features),
-        "before": None if states is None else states.before,
-        "norms": None if states is None else states.norms,
-        "dtop": dtop,
-        "stats": stats,
-        "dmix": dmix,
-        "dphi": dphi_q,
-        "passed": passed,
-        "dsink_k": parts[0],
-        "dsink_v": parts[1],
-        **call.sizes(),
-        **blocks.constants,
-        "ONE_HEAD": call.one_head(blocks.constants["BLOCK_M"]),
-    }
-    launch(
-        attention_backward_queries,
-        (rows.count * tiles, call.kv_heads),
-        arguments,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        stats=stats,
+        dphi=dphi_q,
+        passed=passed,
+        dsink_k=parts[0],
+        dsink_v=parts[1],
     )
-    dstates = dnorms = None
     if far:
-        factors = stats[2], passed[2]
-        sums, norms = call.chunk_sums(q, dout, query_features, call.group, factors)
-        dstates = call.prefix(sums, None, far_dtype(q.dtype), reverse=True)[0]
-        dnorms = call.prefix(norms, None, call.wide, reverse=True)[0]
-
-    key_blocks = blocks_of("attention_backward_keys", call.key(), call.target)
-    arguments = {
-        **call.tensors(q=q, k=k, v=v, phi=call.phi(key_features), dout=dout, dk=dk, dv=dv),
+        sums, norms = call.chunk_sums(q, dout, query_features, call.group, (stats[2], passed[2]))
+        call.run(
+            far_backward_keys,
+            "keys",
+            **call.tensors(k=k, v=v, phi=call.phi(key_features)),
+            **call.weights(key_features),
+            dstates=call.prefix(sums, None, far_dtype(q.dtype), reverse=True)[0],
+            dnorms=call.prefix(norms, None, call.wide, reverse=True)[0],
+            dphi=dphi_k,
+            dv_far=dv_far,
+        )
+    call.run(
+        near_backward_keys,
+        "keys",
+        **call.tensors(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         **call.weights(key_features),
-        "dstates": dstates,
-        "dnorms": dnorms,
-        "stats": stats,
-        "passed": passed,
-        "dphi": dphi_k,
-        **call.sizes(),
-        **key_blocks.constants,
-    }
-    arguments.pop("tiny")
-    grid = (rows.count * -(-problem.window // key_blocks.constants["BLOCK_N"]), call.kv_heads)
-    launch(
-        attention_backward_keys,
-        grid,
-        arguments,
-        num_warps=key_blocks.num_warps,
-        num_stages=key_blocks.num_stages,
+        stats=stats,
+        passed=passed,
+        dphi=dphi_k,
+        dv_far=dv_far,
     )
     if sinks:
         for part, dx in zip(parts, (dk, dv)):
             call.add_sinks(part, dx, tiles)
-    if problem.features == "hedgehog" and need_weights:
-        assert dphi_q is not None and dphi_k is not None
+    if problem.features == "hedgehog":
+        assert dphi_q is not None
+        assert dphi_k is not None
+        if not need_weights:
+            return dq, dk, dv, dmix, None, None
         return dq, dk, dv, dmix, _weight_gradient(q, dphi_q), _weight_gradient(k, dphi_k)
     return dq, dk, dv, dmix, dphi_q, dphi_k
 
@@ -242,9 +236,9 @@ class _Call:
         else:
             self.precision = "ieee"
 
-    def key(self) -> dict[str, Any]:
-        """What blocks are chosen by."""
-        return {
+    def blocks(self, kernel: Any, **changes: Any) -> Blocks:
+        """The kernel's blocks at these sizes."""
+        key = {
             "dtype": self.q.dtype,
             "head_dim": self.head_dim,
             "value_dim": self.value_dim,
@@ -254,9 +248,35 @@ class _Call:
             "group": self.group,
             "sinks": self.problem.sinks,
         }
+        return blocks_of(kernel.fn.__name__, key | changes, self.target)
+
+    def run(self, kernel: Any, axis: str, **arguments: Any) -> None:
+        """Launch with these arguments, and of the sizes and blocks those that the kernel takes.
+
+        axis: what the programs are: tiles of "queries" or "keys" of a chunk, or parts of a chunk's sums ("chunks").
+        """
+        problem = self.problem
+        group = arguments.get("GROUP", self.group)
+        blocks = self.blocks(kernel, group=group)
+        constants = blocks.constants
+        arguments = {**self.sizes(), **constants, **arguments}
+        if axis == "keys":
+            grid = (self.rows.count * -(-problem.window // constants["BLOCK_N"]), self.kv_heads)
+        elif axis == "queries":
+            grid = (self.rows.count * self.tiles(constants["BLOCK_M"]), self.kv_heads)
+        else:
+            splits = -(-self.value_dim // constants["BLOCK_V"])
+            if problem.features == "given":
+                splits *= -(-self.num_features // constants["BLOCK_F"])
+            grid = (self.rows.count, self.kv_heads, splits)
+        if axis != "keys":  # whether no tile has rows of two heads
+            arguments["ONE_HEAD"] = group == 1 or problem.window % constants["BLOCK_M"] == 0
+        names = kernel.arg_names
+        arguments = {name: arguments[name] for name in names}
+        launch(kernel, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
 
     def sizes(self) -> dict[str, Any]:
-        """Sizes and constants of the attention kernels."""
+        """Every size and constant, by the kernels' names."""
         problem = self.problem
         return {
             "chunks": self.rows.chunks,
@@ -274,12 +294,6 @@ class _Call:
             "HALF": self.half,
             "FEATURES": problem.features,
             "MIX": problem.mix,
-            **self.types(),
-        }
-
-    def types(self) -> dict[str, Any]:
-        """Constants of arithmetic."""
-        return {
             "ACC": TL_TYPES[self.wide],
             "FAR": TL_TYPES[far_dtype(self.q.dtype)],
             "PRECISION": self.precision,
@@ -310,16 +324,12 @@ class _Call:
         return {"weight": high, "weight_low": low}
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """out, laid out as (B, T, H, V) for the projection that follows, and stats; zeros where nothing is written."""
-        return _empty_outputs(self.q, self.value_dim, self.rows.padded)
+        """out, laid out for the projection that follows, and stats."""
+        return empty_outputs(self.q, self.value_dim, self.rows.padded)
 
     def tiles(self, block_m: int) -> int:
         """Tiles of query rows of a chunk and KV group."""
         return -(-self.group * self.problem.window // block_m)
-
-    def one_head(self, block_m: int) -> bool:
-        """Whether no tile has rows of two heads."""
-        return self.group == 1 or self.problem.window % block_m == 0
 
     @staticmethod
     def last_contiguous(x: Tensor) -> Tensor:
@@ -341,31 +351,20 @@ class _Call:
         self, x: Tensor, y: Tensor, features: Tensor | None, group: int, factors: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """(sums (P, K, F, V), norms (P, K, F)) of `chunk_sums`."""
-        count, problem = self.rows.count, self.problem
+        count = self.rows.count
         sums = torch.empty(count, self.kv_heads, self.num_features, self.value_dim, dtype=self.wide, device=x.device)
         norms = torch.empty(count, self.kv_heads, self.num_features, dtype=self.wide, device=x.device)
-        blocks = blocks_of("chunk_sums", self.key() | {"group": group}, self.target)
-        constants = blocks.constants
-        sizes = self.sizes()
-        for name in ("plane", "scale", "tiny", "MIX"):
-            sizes.pop(name)
-        arguments = {
+        self.run(
+            chunk_sums,
+            "chunks",
             **self.tensors(x=x, y=y, phi=self.phi(features)),
             **self.weights(features),
-            "factor": None if factors is None else factors[0],
-            "factor_norm": None if factors is None else factors[1],
-            "sums": sums,
-            "norms": norms,
-            **sizes,
-            **constants,
-            "GROUP": group,
-            "ONE_HEAD": group == 1 or problem.window % constants["BLOCK_M"] == 0,
-        }
-        splits = -(-self.value_dim // constants["BLOCK_V"])
-        if problem.features == "given":
-            splits *= -(-self.num_features // constants["BLOCK_F"])
-        grid = (count, self.kv_heads, splits)
-        launch(chunk_sums, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+            factor=None if factors is None else factors[0],
+            factor_norm=None if factors is None else factors[1],
+            sums=sums,
+            norms=norms,
+            GROUP=group,
+        )
         return sums, norms
 
     def prefix(
@@ -415,7 +414,8 @@ class _Call:
         launch(sink_gradients, grid, arguments, num_warps=4, num_stages=2)
 
 
-def _empty_outputs(q: Tensor, value_dim: int, padded: bool) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor, value_dim: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, V), contiguous as (B, T, H, V), and stats (3, B, H, T); zeros where padding stays unwritten."""
     batch, heads, length, _ = q.shape
     make = torch.zeros if padded else torch.empty
     out = make(batch, length, heads, value_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -430,110 +430,3 @@ def _weight_gradient(x: Tensor, dp: Tensor) -> Tensor:
         return torch.bmm(x.transpose(1, 2), dp, out_dtype=torch.float32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.to(wide).transpose(1, 2) @ dp.to(wide)
-
-
-# --- the operators ---------------------------------------------------------------------------------------------------
-# Optional outputs are empty tensors: an operator's schema has no None among its results.
-
-
-@torch.library.custom_op("linearize::near_far", mutates_args=())
-def near_far_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mix: Tensor | None,
-    query_features: Tensor | None,
-    key_features: Tensor | None,
-    chunks: Tensor,
-    sequences: Tensor,
-    count: int,
-    padded: bool,
-    window: int,
-    sinks: int,
-    mix_kind: str,
-    features: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(out, stats) of `near_far_forward` for rows from their first token on, differentiable."""
-    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
-    out, stats, _ = near_far_forward(q, k, v, k, v, mix, query_features, key_features, rows, problem)
-    return out, stats
-
-
-@near_far_operator.register_fake
-def _(q, k, v, mix, query_features, key_features, chunks, sequences, count, padded, *rest):
-    return _empty_outputs(q, v.shape[-1], padded)
-
-
-@torch.library.custom_op("linearize::near_far_backward", mutates_args=())
-def _backward_operator(
-    dout: Tensor,
-    dtop: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mix: Tensor | None,
-    query_features: Tensor | None,
-    key_features: Tensor | None,
-    out: Tensor,
-    stats: Tensor,
-    chunks: Tensor,
-    sequences: Tensor,
-    count: int,
-    padded: bool,
-    window: int,
-    sinks: int,
-    mix_kind: str,
-    features: str,
-    scale: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
-    gradients = near_far_backward(
-        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, rows, problem, need_weights
-    )
-    return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
-
-
-@_backward_operator.register_fake
-def _(
-    dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, count, padded, window, sinks,
-    mix_kind, features, scale, need_weights,
-):  # fmt: skip
-    nothing = q.new_empty(0)
-    dmix = nothing if mix is None else torch.empty_like(stats[0])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dq_features, dk_features = nothing, nothing
-    if features == "given":
-        dq_features, dk_features = (x.new_empty(x.shape) for x in (query_features, key_features))
-    elif features == "hedgehog" and need_weights:
-        dq_features, dk_features = (x.new_empty(x.shape, dtype=wide) for x in (query_features, key_features))
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmix, dq_features, dk_features
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mix, query_features, key_features, chunks, sequences, *rest = inputs
-    out, stats = output
-    ctx.save_for_backward(q, k, v, mix, query_features, key_features, out, stats, chunks, sequences)
-    ctx.rest = rest
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dstats: Tensor | None) -> tuple:
-    q, k, v, mix, query_features, key_features, out, stats, chunks, sequences = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    dtop = None
-    if ctx.rest[4] == "far":
-        dtop = torch.zeros_like(stats[0]) if dstats is None else dstats[0].contiguous()
-    need_weights = any(ctx.needs_input_grad[4:6])
-    gradients = _backward_operator(
-        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, *ctx.rest, need_weights
-    )
-    inputs = (q, k, v, mix, query_features, key_features)
-    gradients = [
-        g.to(x.dtype) if x is not None and needed else None
-        for g, x, needed in zip(gradients, inputs, ctx.needs_input_grad)
-    ]
-    return (*gradients, None, None, *(None for _ in ctx.rest))
-
-
-near_far_operator.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,197 @@
+"""Near-and-far attention in Triton, as differentiable operators and as a tier of `near_far_attention`.
+
+`linearize::near_far` and `linearize::near_far_backward` are custom operators with fake kernels, so torch.compile and
+torch.export see one node each and look no further.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .mixers import Mixer, accumulation_dtype
+from .pack import pack_rows, unpack_rows
+from .rows import Rows, is_contiguous_mask, rows_of_batch, rows_of_documents, rows_of_mask
+from .triton_near_far import Problem, empty_outputs, features_of, near_far_backward, near_far_forward
+
+__all__ = ["far_triton", "near_far_operator", "near_far_triton"]
+
+
+def near_far_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixer: Mixer | None = None,
+    mix_logit: Tensor | None = None,
+    *,
+    window: int,
+    sinks: int = 0,
+    mix: str = "normalizer",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The same as `near_far_reference` in Triton kernels: time and memory linear in T, backward included.
+
+    Rows whose real tokens stand together (left and right padding, documents by `cu_seqlens`) are read where they lie;
+    where a mask has holes, and under torch.compile, where nobody can look, the real tokens are moved together first.
+    """
+    batch, heads, length, _ = q.shape
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    holes = mask is not None and (torch.compiler.is_compiling() or not bool(is_contiguous_mask(mask)))
+    if mix_logit is not None:
+        mix_logit = mix_logit[None, :, None].expand(batch, heads, length) if mix_logit.ndim == 1 else mix_logit
+    columns = mask
+    if mask is not None and holes:
+        q, k, v = pack_rows(mask, q, k, v)
+        if mix_logit is not None:
+            mix_logit = pack_rows(mask, mix_logit[..., None])[0].squeeze(-1)
+        columns = torch.arange(length, device=q.device) < mask.bool().sum(-1)[:, None]
+    if cu_seqlens is not None:
+        rows = rows_of_documents(cu_seqlens, length, window, sinks)
+    elif columns is not None:
+        rows = rows_of_mask(columns, window, sinks)
+    else:
+        rows = rows_of_batch(batch, length, window, sinks, q.device)
+    out, _ = _apply(q, k, v, mixer, mix_logit, rows, window, sinks, mix, scale)
+    return unpack_rows(mask, out) if holes else out
+
+
+def far_triton(q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, window: int, sinks: int = 0) -> tuple[Tensor, Tensor]:
+    """The far term of every query, as `far_chunked` gives it: value (B, H, T, V) and log n (B, H, T), differentiable.
+
+    The value is 0 and log n is -inf where a query has no far side. Rows hold their real tokens first.
+    """
+    rows = rows_of_batch(q.shape[0], q.shape[2], window, sinks, q.device)
+    out, stats = _apply(q, k, v, mixer, None, rows, window, sinks, "far", 1.0)
+    return out.to(accumulation_dtype(q)), stats[0]
+
+
+def _apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixer: Mixer | None,
+    mix_logit: Tensor | None,
+    rows: Rows,
+    window: int,
+    sinks: int,
+    mix: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kind, query_features, key_features = features_of(mixer, q, k)
+    if mixer is None or mix_logit is None:
+        mix_logit = None
+    else:
+        mix_logit = mix_logit.to(accumulation_dtype(q))
+    return near_far_operator(
+        q, k, v, mix_logit, query_features, key_features, rows.chunks, rows.sequences, rows.count, rows.padded, window,
+        sinks, mix, kind, scale,
+    )  # fmt: skip
+
+
+# Optional outputs are empty tensors: an operator's schema has no None among its results.
+
+
+@torch.library.custom_op("linearize::near_far", mutates_args=())
+def near_far_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    chunks: Tensor,
+    sequences: Tensor,
+    count: int,
+    padded: bool,
+    window: int,
+    sinks: int,
+    mix_kind: str,
+    features: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, stats) of `near_far_forward` for rows from their first token on, differentiable."""
+    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
+    out, stats, _ = near_far_forward(q, k, v, k, v, mix, query_features, key_features, rows, problem)
+    return out, stats
+
+
+@near_far_operator.register_fake
+def _(q, k, v, mix, query_features, key_features, chunks, sequences, count, padded, *rest):
+    return empty_outputs(q, v.shape[-1], padded)
+
+
+@torch.library.custom_op("linearize::near_far_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor,
+    dtop: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor | None,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    chunks: Tensor,
+    sequences: Tensor,
+    count: int,
+    padded: bool,
+    window: int,
+    sinks: int,
+    mix_kind: str,
+    features: str,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
+    gradients = near_far_backward(
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, rows, problem, need_weights
+    )
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
+
+
+@_backward_operator.register_fake
+def _(
+    dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, count, padded, window, sinks,
+    mix_kind, features, scale, need_weights,
+):  # fmt: skip
+    nothing = q.new_empty(0)
+    dmix = nothing if mix is None else torch.empty_like(stats[0])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq_features, dk_features = nothing, nothing
+    if features == "given":
+        dq_features, dk_features = (x.new_empty(x.shape) for x in (query_features, key_features))
+    elif features == "hedgehog" and need_weights:
+        dq_features, dk_features = (x.new_empty(x.shape, dtype=wide) for x in (query_features, key_features))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmix, dq_features, dk_features
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mix, query_features, key_features, chunks, sequences, *rest = inputs
+    out, stats = output
+    ctx.save_for_backward(q, k, v, mix, query_features, key_features, out, stats, chunks, sequences)
+    ctx.rest = rest
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dstats: Tensor | None) -> tuple:
+    q, k, v, mix, query_features, key_features, out, stats, chunks, sequences = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dtop = None
+    if ctx.rest[4] == "far":
+        dtop = torch.zeros_like(stats[0]) if dstats is None else dstats[0].contiguous()
+    need_weights = any(ctx.needs_input_grad[4:6])
+    gradients = _backward_operator(
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, *ctx.rest, need_weights
+    )
+    inputs = (q, k, v, mix, query_features, key_features)
+    gradients = [
+        g.to(x.dtype) if x is not None and needed else None
+        for g, x, needed in zip(gradients, inputs, ctx.needs_input_grad)
+    ]
+    return (*gradients, None, None, *(None for _ in ctx.rest))
+
+
+near_far_operator.register_autograd(_differentiate, setup_context=_setup_context)
