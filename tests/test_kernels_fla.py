@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,9 @@ def read(states: Tensor, q: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("length", "chunk"), [(1, 1), (1, 16), (12, 4), (13, 4), (16, 16), (37, 16), (9, 64), (9, 1)])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(1, 1), (1, 16), (12, 4), (13, 4), (16, 16), (37, 16), (9, 128), (300, 128), (9, 1)]
+)
 @pytest.mark.parametrize("start", [True, False], ids=["state", "empty"])
 def test_states_at_the_borders(kind: str, length: int, chunk: int, start: bool) -> None:
     inputs = without(make_inputs(kind, (2, 6, 2, length, 6, 5)), "q", *(() if start else ("state",)))
@@ -308,6 +311,44 @@ def test_what_keeps_fla_from_running(monkeypatch: pytest.MonkeyPatch, caplog: py
                 decayed_states(**inputs, chunk=16, backend="fla")
     assert len(caplog.records) == 1
     fla_engine._fla_ops.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "chosen"),
+    [
+        (torch.bfloat16, "highest", True),
+        (torch.float16, "highest", True),
+        (torch.float32, "highest", False),
+        (torch.float32, "high", True),
+        (torch.float64, "high", False),
+    ],
+)
+def test_auto_on_a_gpu(dtype: torch.dtype, precision: str, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fla_engine, "_fla_ops", lambda: {"gla": None})
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        k = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 8, 4), numel=lambda: 32)
+        assert fla_engine._use_fla("gla", k, k, "auto") is chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_auto_leaves_gradients_of_states_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is off by one shows which form ran; asked for by name, it keeps PyTorch's gradient."""
+    monkeypatch.setattr(fla_engine, "_use_fla", lambda *arguments: True)
+    monkeypatch.setattr(fla_engine, "_additive_fla", lambda *x: fla_engine._additive_torch(*x) + 1)
+    inputs = without(make_inputs("gated"), "q")
+    plain = gated_states(**inputs, chunk=16, backend="auto")
+    inputs["k"].requires_grad_()
+    auto, engine = (gated_states(**inputs, chunk=16, backend=backend) for backend in ("auto", "fla"))
+    assert torch.equal(plain, auto + 1)
+    assert torch.equal(engine, auto + 1)
+    weight = torch.randn_like(auto)
+    gradients = [torch.autograd.grad(x, inputs["k"], weight)[0] for x in (auto, engine)]
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        assert torch.equal(gated_states(**inputs, chunk=16, backend="auto"), plain)
 
 
 @pytest.mark.parametrize(
