@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import choose_backend
 from .chunked import near_chunked, pad_to_chunks
 from .mixers import accumulation_dtype
 
 __all__ = ["far_divergence", "split_attention"]
 
-BACKENDS = ("auto", "torch", "triton")
 BLOCK = 64  # queries at a time in the PyTorch form
 
 
@@ -71,7 +71,7 @@ def split_attention(
     """
     _check("split_attention", q, window, sinks, k=(k, k.shape[:2], q.shape[-1]), v=(v, k.shape[:2], None))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if kernels := _kernels("split_attention", backend, q):
+    if kernels := _kernels("split_attention", backend, q, v):
         return kernels.split_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     length = q.shape[2]
     padded = [pad_to_chunks(x, window) for x in (q, k, v)]
@@ -126,7 +126,7 @@ def far_divergence(
         far_lse=(far_lse[..., None], q.shape[:2], 1),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernels = _kernels("far_divergence", backend, q)
+    kernels = _kernels("far_divergence", backend, q, k, features)
     q, k, far_lse = q.detach(), k.detach(), far_lse.detach()
     return _FarDivergence.apply(q, k, far_lse, phi_q, phi_k, window, sinks, scale, kernels)
 
@@ -290,13 +290,13 @@ def _far_blocks(
             yield slice(first, last), slice(sinks, end), begin - sinks, hidden
 
 
-def _kernels(name: str, backend: str, q: Tensor) -> ModuleType | None:
+def _kernels(name: str, backend: str, q: Tensor, v: Tensor, num_features: int = 0) -> ModuleType | None:
     """The module of the Triton form, or None for the PyTorch form."""
-    from linearize.errors import LinearizeError
+    if backend == "reference":
+        from linearize.errors import LinearizeError
 
-    if backend not in BACKENDS:
-        raise LinearizeError(f"{name}: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        raise LinearizeError(f"{name}: backend 'reference' has no streamed form; use 'auto', 'torch' or 'triton'")
+    if not q.numel() or choose_backend(backend, q, v, num_features) == "torch":  # nothing to do needs no kernel
         return None
     from . import triton_transfer
 

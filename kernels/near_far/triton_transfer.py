@@ -38,11 +38,24 @@ def far_border(t, WINDOW: tl.constexpr, SINKS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, row_stride, size, there, BLOCK: tl.constexpr):
-    """Rows of a matrix at `base`, (len(rows), BLOCK); zeros outside and where not `there`."""
+def load_rows(base, first, row_stride, size, there, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first .. first + BLOCK_R - 1 of a matrix at `base`, (BLOCK_R, BLOCK); zeros outside and where not `there`.
+
+    Where a tile begins is a 64-bit number; inside it 32 bits do, which halves the registers of its addresses.
+    """
+    base += tl.cast(first, tl.int64) * row_stride
+    r = tl.arange(0, BLOCK_R)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
-    at = rows.to(tl.int64)[:, None] * row_stride + d
-    return tl.load(base + at, mask=there[:, None] & (d < size), other=0.0)
+    return tl.load(base + r * row_stride + d, mask=there[:, None] & (d < size), other=0.0)
+
+
+@triton.jit
+def store_rows(base, first, row_stride, size, x, there, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+    """x (BLOCK_R, BLOCK) to rows first .. of a matrix at `base`, where `there` and inside."""
+    base += tl.cast(first, tl.int64) * row_stride
+    r = tl.arange(0, BLOCK_R)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    tl.store(base + r * row_stride + d, x, mask=there[:, None] & (d < size))
 
 
 @triton.jit
@@ -73,7 +86,7 @@ def attend(
     """Online softmax goes on over the keys begin .. end - 1 that are on this side of the queries t."""
     for first in range(begin, end, BLOCK_N):
         i = first + tl.arange(0, BLOCK_N)
-        key = load_rows(k, i, k_token, D, i < end, BLOCK_D)
+        key = load_rows(k, first, k_token, D, i < end, BLOCK_N, BLOCK_D)
         logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
         if FAR_SIDE:
             seen = i[None, :] < far_border(t, WINDOW, SINKS)[:, None]
@@ -86,7 +99,7 @@ def attend(
         weights = tl.exp(logits - shift[:, None])
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(weights, 1)
-        value = load_rows(v, i, v_token, V, i < end, BLOCK_V)
+        value = load_rows(v, first, v_token, V, i < end, BLOCK_N, BLOCK_V)
         acc = acc * shrink[:, None]
         acc += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION, out_dtype=ACC)
         top = new_top
@@ -132,14 +145,13 @@ def split_forward(
     t = first + tl.arange(0, BLOCK_M)
     there = t < T
     last = tl.minimum(first + BLOCK_M, T) - 1
-    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, t, q_token, D, there, BLOCK_D)
+    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, first, q_token, D, there, BLOCK_M, BLOCK_D)
     kv_head = (head // GROUP).to(tl.int64)
     k += row * k_row + kv_head * k_head
     v += row * v_row + kv_head * v_head
+    near += (row * tl.num_programs(1) + head) * T * V
+    far += (row * tl.num_programs(1) + head) * T * V
     rows = (row * tl.num_programs(1) + head) * T + t
-    e = tl.arange(0, BLOCK_V)[None, :]
-    at = rows[:, None] * V + e
-    inside = there[:, None] & (e < V)
 
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -149,7 +161,7 @@ def split_forward(
         True, WINDOW, SINKS, BLOCK_N, BLOCK_D, BLOCK_V, ACC, PRECISION,
     )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(far + at, acc / safe[:, None], mask=inside)
+    store_rows(far, first, V, V, acc / safe[:, None], there, BLOCK_M, BLOCK_V)
     tl.store(far_lse + rows, top + tl.log(safe), mask=there)  # -inf + 0 where there was no key
 
     # Sinks that the first query's window has left, then all from that window on: no key twice.
@@ -166,7 +178,7 @@ def split_forward(
         False, WINDOW, SINKS, BLOCK_N, BLOCK_D, BLOCK_V, ACC, PRECISION,
     )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(near + at, acc / safe[:, None], mask=inside)
+    store_rows(near, first, V, V, acc / safe[:, None], there, BLOCK_M, BLOCK_V)
     tl.store(near_lse + rows, top + tl.log(safe), mask=there)
 
 
@@ -174,8 +186,8 @@ def split_forward(
 def feature_products(
     left,
     right,
-    left_rows,
-    right_rows,
+    left_first,
+    right_first,
     left_there,
     right_there,
     F,
@@ -189,8 +201,8 @@ def feature_products(
     """phi . phi of the rows of two matrices (., F): (BLOCK_L, BLOCK_R)."""
     products = tl.zeros((BLOCK_L, BLOCK_R), ACC)
     for b in range(0, BLOCKS_F):
-        x = load_rows(left + b * BLOCK_F, left_rows, F, F - b * BLOCK_F, left_there, BLOCK_F)
-        y = load_rows(right + b * BLOCK_F, right_rows, F, F - b * BLOCK_F, right_there, BLOCK_F)
+        x = load_rows(left + b * BLOCK_F, left_first, F, F - b * BLOCK_F, left_there, BLOCK_L, BLOCK_F)
+        y = load_rows(right + b * BLOCK_F, right_first, F, F - b * BLOCK_F, right_there, BLOCK_R, BLOCK_F)
         products += tl.dot(x, tl.trans(y), input_precision=PRECISION, out_dtype=ACC)
     return products
 
@@ -234,7 +246,7 @@ def far_sums_kernel(
     last = tl.minimum(first + BLOCK_M, T) - 1
     heads = tl.num_programs(1)
     kv_head = (head // GROUP).to(tl.int64)
-    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, t, q_token, D, there, BLOCK_D)
+    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, first, q_token, D, there, BLOCK_M, BLOCK_D)
     k += row * k_row + kv_head * k_head
     phi_q += (row * heads + head) * T * F
     phi_k += (row * (heads // GROUP) + kv_head) * T * F
@@ -249,10 +261,10 @@ def far_sums_kernel(
     end = far_border(last, WINDOW, SINKS)
     for begin in range(SINKS, end, BLOCK_N):
         i = begin + tl.arange(0, BLOCK_N)
-        key = load_rows(k, i, k_token, D, i < end, BLOCK_D)
+        key = load_rows(k, begin, k_token, D, i < end, BLOCK_N, BLOCK_D)
         logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale - shifts
         products = feature_products(
-            phi_q, phi_k, t, i, there, i < end, F, BLOCK_M, BLOCK_N, BLOCK_F, BLOCKS_F, ACC, PRECISION
+            phi_q, phi_k, first, begin, there, i < end, F, BLOCK_M, BLOCK_N, BLOCK_F, BLOCKS_F, ACC, PRECISION
         )
         seen = i[None, :] < border
         weights = tl.where(seen, tl.exp(logits), 0.0)
@@ -318,7 +330,7 @@ def far_queries(
     last = tl.minimum(first + BLOCK_M, T) - 1
     heads = tl.num_programs(1)
     kv_head = (head // GROUP).to(tl.int64)
-    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, t, q_token, D, there, BLOCK_D)
+    queries = load_rows(q + row * q_row + head.to(tl.int64) * q_head, first, q_token, D, there, BLOCK_M, BLOCK_D)
     k += row * k_row + kv_head * k_head
     phi_q += (row * heads + head) * T * F
     phi_k += (row * (heads // GROUP) + kv_head) * T * F
@@ -333,16 +345,16 @@ def far_queries(
     end = far_border(last, WINDOW, SINKS)
     for begin in range(SINKS, end, BLOCK_N):
         i = begin + tl.arange(0, BLOCK_N)
-        key = load_rows(k, i, k_token, D, i < end, BLOCK_D)
+        key = load_rows(k, begin, k_token, D, i < end, BLOCK_N, BLOCK_D)
         logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale - shifts
         products = feature_products(
-            phi_q, phi_k, t, i, there, i < end, F, BLOCK_M, BLOCK_N, BLOCK_F, BLOCKS_F, ACC, PRECISION
+            phi_q, phi_k, first, begin, there, i < end, F, BLOCK_M, BLOCK_N, BLOCK_F, BLOCKS_F, ACC, PRECISION
         )
         w = product_gradient(logits, products, i[None, :] < border, sharps, evens, shares, TINY)
-        features = load_rows(phi_k + column, i, F, F - column, i < end, BLOCK_O)
+        features = load_rows(phi_k + column, begin, F, F - column, i < end, BLOCK_N, BLOCK_O)
         acc += tl.dot(w.to(features.dtype), features, input_precision=PRECISION, out_dtype=ACC)
-    d = column + tl.arange(0, BLOCK_O)[None, :]
-    tl.store(dphi + rows[:, None] * F + d, acc, mask=there[:, None] & (d < F))
+    dphi += (row * heads + head) * T * F + column
+    store_rows(dphi, first, F, F - column, acc, there, BLOCK_M, BLOCK_O)
 
 
 @triton.jit
@@ -390,7 +402,7 @@ def far_keys(
     kv_heads = tl.num_programs(1)
     i = first + tl.arange(0, BLOCK_N)
     there = i < T
-    keys = load_rows(k + row * k_row + kv_head.to(tl.int64) * k_head, i, k_token, D, there, BLOCK_D)
+    keys = load_rows(k + row * k_row + kv_head.to(tl.int64) * k_head, first, k_token, D, there, BLOCK_N, BLOCK_D)
     phi_k += (row * kv_heads + kv_head) * T * F
     # The first query that has the first of these keys, or the first key at all, among its far ones.
     begin = (tl.maximum(first, SINKS) // WINDOW + 2) * WINDOW
@@ -408,18 +420,17 @@ def far_keys(
             sharps = tl.load(sharp + rows, mask=inside, other=0.0)[None, :]
             evens = tl.load(even + rows, mask=inside, other=0.0)[None, :]
             shares = tl.load(share + rows, mask=inside, other=0.0)[None, :]
-            queries = load_rows(queries_g, t, q_token, D, inside, BLOCK_D)
+            queries = load_rows(queries_g, t0, q_token, D, inside, BLOCK_M, BLOCK_D)
             logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC) * scale - shifts
             products = feature_products(
-                phi_k, phi_g, i, t, there, inside, F, BLOCK_N, BLOCK_M, BLOCK_F, BLOCKS_F, ACC, PRECISION
+                phi_k, phi_g, first, t0, there, inside, F, BLOCK_N, BLOCK_M, BLOCK_F, BLOCKS_F, ACC, PRECISION
             )
             seen = (i >= SINKS)[:, None] & (i[:, None] < far_border(t, WINDOW, SINKS)[None, :]) & inside[None, :]
             w = product_gradient(logits, products, seen, sharps, evens, shares, TINY)
-            features = load_rows(phi_g + column, t, F, F - column, inside, BLOCK_O)
+            features = load_rows(phi_g + column, t0, F, F - column, inside, BLOCK_M, BLOCK_O)
             acc += tl.dot(w.to(features.dtype), features, input_precision=PRECISION, out_dtype=ACC)
-    d = column + tl.arange(0, BLOCK_O)[None, :]
-    rows = (row * kv_heads + kv_head) * T + i
-    tl.store(dphi + rows[:, None] * F + d, acc, mask=there[:, None] & (d < F))
+    dphi += (row * kv_heads + kv_head) * T * F + column
+    store_rows(dphi, first, F, F - column, acc, there, BLOCK_N, BLOCK_O)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -434,12 +445,11 @@ def split_attention(
     wide = accumulation_dtype(q)
     near, far = (torch.empty(batch, heads, length, v.shape[-1], dtype=wide, device=q.device) for _ in range(2))
     near_lse, far_lse = (torch.empty(batch, heads, length, dtype=wide, device=q.device) for _ in range(2))
-    target = current_target(q.device)
-    block_m, block_n, warps, stages = split_blocks(target, q.dtype, max(q.shape[-1], v.shape[-1]))
+    block_m, block_n, warps, stages = split_blocks(current_target(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
     arguments = {
         **_strides(q=q, k=k, v=v),
         **{"near": near, "far": far, "near_lse": near_lse, "far_lse": far_lse},
-        **_common(q, k, target, window, sinks, scale),
+        **_common(q, k, window, sinks, scale),
         **{"V": v.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_V": _power(v.shape[-1])},
     }
     grid = (-(-length // block_m), heads, batch)
@@ -453,12 +463,12 @@ def far_sums(
     """The same as `transfer._far_sums`."""
     batch, heads, length, _ = q.shape
     sums = torch.empty(4, batch, heads, length, dtype=accumulation_dtype(q), device=q.device)
-    shared, (block_m, _, warps, stages) = _far_arguments(
-        q, k, shift, phi_q, phi_k, window=window, sinks=sinks, scale=scale, gradient=False
-    )
-    arguments = {**shared, "sums": sums, "plane": sums[0].numel()}
-    grid = (-(-length // block_m), heads, batch)
-    launch(far_sums_kernel, grid, arguments, num_warps=warps, num_stages=stages)
+    own, inner, most_f, warps, stages = far_blocks(current_target(q.device), q.dtype, q.shape[-1], gradient=False)
+    arguments = {
+        **_far_arguments(q, k, shift, phi_q, phi_k, most_f, window, sinks, scale),
+        **{"sums": sums, "plane": sums[0].numel(), "BLOCK_M": own, "BLOCK_N": inner},
+    }
+    launch(far_sums_kernel, (-(-length // own), heads, batch), arguments, num_warps=warps, num_stages=stages)
     return sums[0], sums[1], sums[2], sums[3]
 
 
@@ -479,16 +489,19 @@ def far_gradients(
     """The same as `transfer._far_gradients`."""
     wide = accumulation_dtype(q)
     gradients = tuple(torch.empty(x.shape, dtype=wide, device=q.device) for x in (phi_q, phi_k))
-    shared, (block_m, block_n, warps, stages) = _far_arguments(
-        q, k, shift, phi_q, phi_k, window=window, sinks=sinks, scale=scale, gradient=True
-    )
-    shared |= {name: x.to(wide).contiguous() for name, x in (("sharp", sharp), ("even", even), ("share", share))}
-    block_o = min(shared["BLOCK_F"] * shared["BLOCKS_F"], _power(phi_q.shape[-1]), WIDEST_OUTPUT)
-    shared |= {"BLOCK_O": block_o, "BLOCKS_O": -(-phi_q.shape[-1] // block_o)}
-    for kernel, block, dphi in zip((far_queries, far_keys), (block_m, block_n), gradients):
-        grid = (-(-q.shape[2] // block) * shared["BLOCKS_O"], dphi.shape[1], q.shape[0])
-        launch(kernel, grid, {**shared, "dphi": dphi}, num_warps=warps, num_stages=stages)
-    return gradients
+    own, inner, most_f, warps, stages = far_blocks(current_target(q.device), q.dtype, q.shape[-1], gradient=True)
+    block_o = min(_power(phi_q.shape[-1]), WIDEST_OUTPUT)
+    blocks_o = -(-phi_q.shape[-1] // block_o)
+    arguments = {
+        **_far_arguments(q, k, shift, phi_q, phi_k, most_f, window, sinks, scale),
+        **{name: x.to(wide).contiguous() for name, x in (("sharp", sharp), ("even", even), ("share", share))},
+        **{"BLOCK_O": block_o, "BLOCKS_O": blocks_o},
+    }
+    for kernel, (block_m, block_n), dphi in zip((far_queries, far_keys), ((own, inner), (inner, own)), gradients):
+        grid = (-(-q.shape[2] // own) * blocks_o, dphi.shape[1], q.shape[0])
+        arguments |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "dphi": dphi}
+        launch(kernel, grid, dict(arguments), num_warps=warps, num_stages=stages)
+    return gradients[0], gradients[1]
 
 
 WIDEST_OUTPUT = 128  # columns of a gradient that one program holds; beyond, others compute the weights again
@@ -499,17 +512,19 @@ def split_blocks(target: Target, dtype: torch.dtype, width: int) -> tuple[int, i
     if target is INTERPRETER:
         return 16, 32, 4, 1
     if dtype.itemsize > 2:
-        return 32, 32, 4, 1
-    return (64, 64, 4, 2) if width <= 64 else (64, 32, 4, 2)
+        return (32, 32, 8, 1) if width <= 64 else (16, 32, 8, 1)
+    return (64, 32, 4, 2) if width <= 128 else (64, 32, 8, 1)
 
 
-def far_blocks(target: Target, dtype: torch.dtype, gradient: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, most of BLOCK_F, warps, stages) of the other kernels."""
+def far_blocks(target: Target, dtype: torch.dtype, width: int, gradient: bool) -> tuple[int, int, int, int, int]:
+    """(rows a program owns, rows of what it loops over, most of BLOCK_F, warps, stages) of the other kernels."""
     if target is INTERPRETER:
         return 16, 32, 32, 4, 1
     if dtype.itemsize > 2:
-        return 32, 32, 32, 4, 1
-    return (64, 64, 64, 8, 1) if gradient else (64, 64, 64, 4, 2)
+        return (32, 32, 32, 8, 1) if width <= 64 else (16, 32, 32, 8, 1)
+    if gradient or width > 128:  # a wavefront of gfx942 has twice the registers of a warp, and twice the threads
+        return (64, 32, 64, 8, 2) if target.backend == "cuda" else (64, 32, 64, 4, 2)
+    return 64, 64, 64, 4, 2
 
 
 def _far_arguments(
@@ -518,36 +533,31 @@ def _far_arguments(
     shift: Tensor,
     phi_q: Tensor,
     phi_k: Tensor,
-    *,
+    most_f: int,
     window: int,
     sinks: int,
     scale: float,
-    gradient: bool,
-) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
-    """What the kernels over features share, and BLOCK_M, BLOCK_N, warps, stages."""
+) -> dict[str, Any]:
+    """What the kernels over features share."""
     q, k = _last_contiguous(q), _last_contiguous(k)
     far = torch.bfloat16 if q.dtype == torch.float16 else q.dtype
     features = phi_q.shape[-1]
-    target = current_target(q.device)
-    block_m, block_n, most, warps, stages = far_blocks(target, q.dtype, gradient)
-    block_f = min(_power(features), most)
-    arguments = {
+    block_f = min(_power(features), most_f)
+    return {
         **_strides(q=q, k=k),
-        **_common(q, k, target, window, sinks, scale),
+        **_common(q, k, window, sinks, scale),
         "shift": shift.contiguous(),
-        "phi_q": phi_q.detach().to(far).contiguous(),
-        "phi_k": phi_k.detach().to(far).contiguous(),
+        "phi_q": phi_q.to(far).contiguous(),
+        "phi_k": phi_k.to(far).contiguous(),
         "F": features,
         "TINY": torch.finfo(accumulation_dtype(q)).tiny,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
         "BLOCK_F": block_f,
         "BLOCKS_F": -(-features // block_f),
     }
-    return arguments, (block_m, block_n, warps, stages)
 
 
-def _common(q: Tensor, k: Tensor, target: Target, window: int, sinks: int, scale: float) -> dict[str, Any]:
+def _common(q: Tensor, k: Tensor, window: int, sinks: int, scale: float) -> dict[str, Any]:
+    cuda = current_target(q.device).backend == "cuda"
     return {
         "T": q.shape[2],
         "D": q.shape[-1],
@@ -558,7 +568,7 @@ def _common(q: Tensor, k: Tensor, target: Target, window: int, sinks: int, scale
         "BLOCK_D": _power(q.shape[-1]),
         "ACC": TL_TYPES[accumulation_dtype(q)],
         # float32 inputs: as exact as float32 on tensor cores where there is such a product.
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 and target.backend == "cuda" else "ieee",
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 and cuda else "ieee",
     }
 
 
