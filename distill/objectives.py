@@ -4,9 +4,11 @@ With rho = Z_near / (Z_near + Z_far), softmax attention factorises exactly over 
 
     o = rho o_near + (1 - rho) o_far
 
-so the far side has a target of its own, (1 - rho) o_far = o - rho o_near, that the exact window cannot absorb.
-rho = exp(log Z_near - log Z) needs only log-sum-exps.
+so the far side has a target of its own, o_far, that the exact window cannot absorb, and rho = sigmoid(log Z_near -
+log Z_far) needs only log-sum-exps. Nothing here is ever T x T: see `linearize.kernels.near_far.transfer`.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,22 @@ from torch import Tensor
 
 from linearize.attention import Observation
 from linearize.config import LinearizeConfig
-from linearize.kernels.near_far.chunked import far_chunked, far_log_odds, mix_near_far, near_chunked, pad_to_chunks
+from linearize.errors import LinearizeError
+from linearize.kernels.near_far.chunked import far_log_odds, mix_near_far, pad_to_chunks
+from linearize.kernels.near_far.mixers import Mixer
+from linearize.kernels.near_far.ops import far_read
 from linearize.kernels.near_far.pack import pack_rows
-from linearize.kernels.near_far.softmax import softmax_attention
+from linearize.kernels.near_far.transfer import far_divergence, split_attention
 
-__all__ = ["OBJECTIVES", "FarTarget", "calibrated_mix", "decomposed_loss", "first_far_query", "output_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "FarTarget",
+    "calibrated_mix",
+    "decomposed_loss",
+    "first_far_query",
+    "output_loss",
+    "weights_loss",
+]
 
 NO_SHARE = -100.0  # log-odds that stand for a far mass of zero in a logarithm
 
@@ -26,28 +39,27 @@ NO_SHARE = -100.0  # log-odds that stand for a far mass of zero in a logarithm
 class FarTarget:
     """The teacher's side of one layer, packed (real tokens first) and padded to whole chunks; no gradient.
 
-    q: (B, H, T', D), k, v: (B, K, T', .), out: (B, H, T', V) softmax attention, near: the same over the near keys
-    only, near_lse: (B, H, T') log Z_near, far_log_odds: (B, H, T') log (Z_far / Z_near), counted: (B, 1, T') the
-    tokens that have far keys and are real.
+    q: (B, H, T', D), k, v: (B, K, T', .), out: (B, H, T', V) softmax attention, near and far: the same over the near
+    or the far keys only, near_lse, far_lse: (B, H, T') log Z_near and log Z_far, far_log_odds: (B, H, T')
+    log (Z_far / Z_near), far_share: 1 - rho, counted: (B, 1, T') the tokens that have far keys and are real.
+    Where there is no far key, far and far_share are 0, and far_lse and far_log_odds are -inf.
     """
 
     @torch.no_grad()
     def __init__(self, seen: Observation):
         config = seen.layer.linearize_config
         window, sinks, scale = config.window, config.sinks, seen.layer.scaling
-        q, k, v = (x.detach() for x in pack_rows(seen.mask, seen.q, seen.k, seen.v))
-        batch, _, length, _ = q.shape
-        out, lse = softmax_attention(q, k, v, scale=scale)
-        sink_k, sink_v = k[:, :, :sinks], v[:, :, :sinks]
-        self.q, self.k, self.v, self.out = (pad_to_chunks(x, window) for x in (q, k, v, out))
-        self.near, self.near_lse = near_chunked(self.q, self.k, self.v, sink_k, sink_v, window=window, scale=scale)
-        lse = pad_to_chunks(lse[..., None], window).squeeze(-1)
-        # log (Z - Z_near): by log1p of the ratio, and bounded where rounding makes Z_near exceed Z.
-        near_share = (self.near_lse - lse).clamp_max(-1e-6)
-        self.near_log_share = near_share
-        self.far_log_odds = torch.log1p(-near_share.exp()) - near_share
-        position = torch.arange(self.q.shape[2], device=q.device)
-        lengths = torch.full((batch,), length, device=q.device) if seen.mask is None else seen.mask.sum(-1)
+        rows = pack_rows(seen.mask, *(x.detach() for x in (seen.q, seen.k, seen.v)))
+        batch, _, length, _ = rows[0].shape
+        self.q, self.k, self.v = (pad_to_chunks(x, window) for x in rows)
+        self.near, self.near_lse, self.far, self.far_lse = split_attention(
+            self.q, self.k, self.v, window=window, sinks=sinks, scale=scale
+        )
+        self.far_log_odds = self.far_lse - self.near_lse
+        self.far_share = self.far_log_odds.sigmoid()
+        self.out = torch.lerp(self.near, self.far, self.far_share[..., None])
+        position = torch.arange(self.q.shape[2], device=self.q.device)
+        lengths = torch.full((batch,), length, device=position.device) if seen.mask is None else seen.mask.sum(-1)
         self.counted = ((position >= first_far_query(config)) & (position < lengths[:, None]))[:, None]
 
     def mix_logit(self, seen: Observation) -> Tensor:
@@ -71,21 +83,45 @@ def decomposed_loss(seen: Observation, target: FarTarget | None = None) -> Tenso
     """
     target = target or FarTarget(seen)
     far, log_mass = _student_far(seen, target)
-    config = seen.layer.linearize_config
-    counted = target.counted
-    teacher_near = target.near_log_share.exp()
-    wanted = target.out - teacher_near[..., None] * target.near
-    error = (1 - teacher_near)[..., None] * far - wanted
+    counted, share = target.counted, target.far_share[..., None]
+    wanted = share * target.far
+    error = share * (far - target.far)
     far_term = _mean(error.square().sum(-1), counted) / _mean(wanted.square().sum(-1), counted).clamp_min(1e-12)
+    return far_term + _mean(_share_divergence(seen, target, log_mass), counted)
 
-    # From log-odds: a share that has rounded to 0 or 1 would have no gradient left.
-    student = far_log_odds(target.near_lse, log_mass, target.mix_logit(seen), config.mix)
-    student = student.masked_fill(student == -torch.inf, NO_SHARE)
-    teacher_share = 1 - teacher_near
-    mix_term = F.binary_cross_entropy_with_logits(student, teacher_share, reduction="none") - F.binary_cross_entropy(
-        teacher_share, teacher_share, reduction="none"
+
+def weights_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
+    """mean KL(a || s) of the teacher's attention weights a and the student's s, over all keys that a query sees.
+
+    By the chain rule of relative entropy that is
+
+        KL(far share of teacher || of student)  +  (1 - rho) KL(a within the far keys || s within the far keys)
+
+    in nats a query and head: near keys have the same weights on both sides but for the shares. It is the cross-entropy
+    of the two maps less the teacher's entropy: 0 where they are equal, with the same gradient. Values have no say.
+    `target` as above.
+
+    Raises:
+        LinearizeError: a mixer whose state is no plain sum, so that its weights are no products of features.
+    """
+    target = target or FarTarget(seen)
+    mixer, config = _mixer(seen), seen.layer.linearize_config
+    if (type(mixer).scan, type(mixer).read) != (Mixer.scan, Mixer.read):
+        raise LinearizeError(
+            f"transfer.objective: 'weights' needs weights phi_q.phi_k, and mixer {config.mixer!r} has others; use "
+            "'decomposed' or 'output'"
+        )
+    within, log_mass = far_divergence(
+        target.q,
+        target.k,
+        target.far_lse,
+        mixer.query_features(target.q),
+        mixer.key_features(target.k),
+        window=config.window,
+        sinks=config.sinks,
+        scale=seen.layer.scaling,
     )
-    return far_term + _mean(mix_term, counted)
+    return _mean(_share_divergence(seen, target, log_mass) + target.far_share * within, target.counted)
 
 
 def output_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
@@ -116,8 +152,8 @@ def calibrated_mix(seen: Observation) -> tuple[Tensor, Tensor]:
             _, log_mass = _student_far(seen, target)
             counted = counted & (log_mass > -torch.inf)
             wanted = wanted + target.near_lse - log_mass.masked_fill(~counted, 0.0)
-        rho = target.near_log_share.exp()
-        weight = ((rho * (1 - rho) + 1e-2) * counted).double()
+        share = target.far_share
+        weight = ((share * (1 - share) + 1e-2) * counted).double()
         inputs = torch.cat([target.q.double(), torch.ones_like(target.q[..., :1], dtype=torch.float64)], dim=-1)
         weighted = inputs * weight[..., None]
         gram = (inputs.transpose(-1, -2) @ weighted).sum(0)
@@ -128,14 +164,33 @@ def calibrated_mix(seen: Observation) -> tuple[Tensor, Tensor]:
         return solution[:, :-1], solution[:, -1]
 
 
-OBJECTIVES = {"decomposed": decomposed_loss, "output": output_loss}
+OBJECTIVES: dict[str, Callable[[Observation, FarTarget | None], Tensor]] = {
+    "decomposed": decomposed_loss,
+    "output": output_loss,
+    "weights": weights_loss,
+}
+
+
+def _mixer(seen: Observation) -> Mixer:
+    mixer = seen.layer.mixer
+    assert mixer is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
+    return mixer
 
 
 def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
-    config, mixer = seen.layer.linearize_config, seen.layer.mixer
-    assert mixer is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
-    far, log_mass, _ = far_chunked(target.q, target.k, target.v, mixer, window=config.window, sinks=config.sinks)
-    return far, log_mass
+    config = seen.layer.linearize_config
+    return far_read(target.q, target.k, target.v, _mixer(seen), window=config.window, sinks=config.sinks)
+
+
+def _share_divergence(seen: Observation, target: FarTarget, log_mass: Tensor) -> Tensor:
+    """KL(far share of teacher || of student) of every query, (B, H, T'); log_mass: log n of the student."""
+    student = far_log_odds(target.near_lse, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix)
+    # From log-odds: a share that has rounded to 0 or 1 would have no gradient left.
+    student = student.masked_fill(student == -torch.inf, NO_SHARE)
+    share = target.far_share
+    return F.binary_cross_entropy_with_logits(student, share, reduction="none") - F.binary_cross_entropy(
+        share, share, reduction="none"
+    )
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ class TransferOptions(Record):
     Attributes:
         budget: when the stage ends.
         objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
+            `"weights"`: KL of the teacher's attention weights from the student's.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
@@ -132,7 +133,7 @@ class TransferOptions(Record):
     """
 
     budget: Budget = field(metadata=_BUDGET_HINT)
-    objective: Literal["decomposed", "output"] = "decomposed"
+    objective: Literal["decomposed", "output", "weights"] = "decomposed"
     local_steps: int = option(1, least=1)
     lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)

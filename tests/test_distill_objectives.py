@@ -11,8 +11,16 @@ import torch.nn.functional as F
 
 from linearize.attention import Observation
 from linearize.convert import converted_layers
-from linearize.distill.objectives import OBJECTIVES, FarTarget, calibrated_mix, decomposed_loss, output_loss
+from linearize.distill.objectives import (
+    OBJECTIVES,
+    FarTarget,
+    calibrated_mix,
+    decomposed_loss,
+    output_loss,
+    weights_loss,
+)
 from linearize.distill.transfer import calibrate, observe
+from linearize.errors import LinearizeError
 from linearize.kernels.near_far import near_far_attention
 from tests.cost import LargestTensor
 from tests.tiny_models import make_student, make_tokens, pad
@@ -84,6 +92,8 @@ def truth(seen):
             heads.append(
                 {
                     "q": q,
+                    "logits": logits.masked_fill(~(near | far), -torch.inf),
+                    "weights": weights,
                     "out": logits.masked_fill(~(near | far), -torch.inf).softmax(-1) @ v,
                     "near": inside["near"].softmax(-1) @ v,
                     "far": inside["far"].softmax(-1).nan_to_num() @ v,
@@ -95,7 +105,7 @@ def truth(seen):
                 }
             )
         row = {key: torch.stack([head[key] for head in heads]) for key in heads[0]}
-        rows.append(SimpleNamespace(**row, counted=far.any(-1), count=n))
+        rows.append(SimpleNamespace(**row, is_near=near, is_far=far, counted=far.any(-1), count=n))
     return rows
 
 
@@ -110,9 +120,10 @@ def gathered(rows, *names):
 
 
 def true_terms(seen):
-    """(far term, mix term, output loss) by their formulas, with gradient to mixer and mix."""
+    """(far term, mix term, output loss, weights loss) by their formulas, with gradient to mixer and mix."""
+    rows = truth(seen)
     out, near, far, near_lse, far_lse, state, log_mass, logit = gathered(
-        truth(seen), "out", "near", "far", "near_lse", "far_lse", "state", "log_mass", "mix"
+        rows, "out", "near", "far", "near_lse", "far_lse", "state", "log_mass", "mix"
     )
     share = (far_lse - near_lse).sigmoid()  # 1 - rho
     wanted = share[..., None] * far
@@ -123,7 +134,21 @@ def true_terms(seen):
     mix_term = (share * (share.log() - r.log()) + (1 - share) * ((1 - share).log() - (1 - r).log())).mean()
     student = near + r[..., None] * (state - near)
     output = (student - out).square().sum(-1).mean() / out.square().sum(-1).mean()
-    return far_term, mix_term, output
+    divergences = [map_divergence(row, seen.layer.linearize_config.mix) for row in rows]
+    return far_term, mix_term, output, torch.cat(divergences, 1).mean()
+
+
+def map_divergence(row, mix):
+    """sum_i a_i (log a_i - log s_i) of the counted tokens (H, N), from the two T x T maps."""
+    teacher = row.logits.softmax(-1)
+    odds = student_log_odds(row, mix)[..., None]
+    near = row.logits.masked_fill(~row.is_near, -torch.inf).softmax(-1)
+    far = row.weights / row.weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    student = torch.where(row.is_near, (-odds).sigmoid() * near, odds.sigmoid() * far)
+    assert torch.allclose(student.sum(-1)[:, row.counted], torch.ones((), dtype=student.dtype))
+    seen = row.is_near | row.is_far
+    ratio = torch.where(seen, teacher, 1.0).log() - torch.where(seen, student, 1.0).clamp_min(1e-300).log()
+    return (teacher * ratio).sum(-1)[:, row.counted]
 
 
 def trained(seen):
@@ -143,10 +168,12 @@ class TestFarTarget:
             n = row.count
             assert torch.equal(target.counted[b, 0, :n], row.counted)
             assert not target.counted[b, 0, n:].any()
-            for name, expected in (("out", row.out), ("near", row.near), ("near_lse", row.near_lse)):
+            for name, expected in (("out", row.out), ("near", row.near), ("near_lse", row.near_lse), ("far", row.far)):
                 assert_near(getattr(target, name)[b, :, :n], expected.float())
+            assert (target.far_lse[b, :, :n][:, ~row.counted] == -torch.inf).all()
+            assert not target.far_share[b, :, :n][:, ~row.counted].any()
             some = row.counted
-            rho = target.near_log_share[b, :, :n][:, some].exp()
+            rho = 1 - target.far_share[b, :, :n][:, some]
             near, far, near_lse, far_lse, out = gathered([row], "near", "far", "near_lse", "far_lse", "out")
             assert_near(rho, (near_lse - far_lse).sigmoid().float())
             assert_near(target.far_log_odds[b, :, :n][:, some], (far_lse - near_lse).float())
@@ -169,12 +196,15 @@ class TestFarTarget:
 
     @pytest.mark.parametrize("factor", [1e-3, 1e2])
     def test_shares_at_the_ends_are_finite(self, factor):
-        target = FarTarget(make_seen(factor=factor))
+        seen = make_seen(factor=factor)
+        target = FarTarget(seen)
         counted = target.counted.expand_as(target.far_log_odds)
-        for x in (target.near_log_share, target.far_log_odds):
-            assert bool(x[counted].isfinite().all())
-        # A far share below the rounding of float32 is the least that is told apart from none.
-        assert target.far_log_odds[counted].min() > -14
+        assert bool(target.far_log_odds[counted].isfinite().all())
+        # log Z_far is summed for itself: no share is too small to be told apart from none.
+        odds = torch.cat([(row.far_lse - row.near_lse)[:, row.counted] for row in truth(seen)], 1)
+        actual = torch.cat([target.far_log_odds[b][:, target.counted[b, 0]] for b in range(3)], 1)
+        torch.testing.assert_close(actual, odds.float(), rtol=1e-5, atol=1e-4)
+        assert factor < 1 or odds.min() < -100
 
 
 class TestLosses:
@@ -184,9 +214,11 @@ class TestLosses:
     def test_formulas(self, mix, shape, padding):
         seen = make_seen(mix, shape, padding)
         with torch.no_grad():
-            far_term, mix_term, output = true_terms(seen)
+            far_term, mix_term, output, weights = true_terms(seen)
             assert far_term > 0.05
             assert mix_term > 0.001
+            assert weights > mix_term
+            assert_near(weights_loss(seen), weights.float())
             assert_near(decomposed_loss(seen), (far_term + mix_term).float())
             assert_near(output_loss(seen), output.float())
 
@@ -227,8 +259,8 @@ class TestLosses:
         actual = {name: p.grad for name, p in parameters.items()}
         for parameter in parameters.values():
             parameter.grad = None
-        far_term, mix_term, output = true_terms(seen)
-        (far_term + mix_term if objective == "decomposed" else output).backward()
+        far_term, mix_term, output, weights = true_terms(seen)
+        {"decomposed": far_term + mix_term, "output": output, "weights": weights}[objective].backward()
         for name, parameter in parameters.items():
             assert actual[name].abs().max() > 1e-4, name
             assert_near(actual[name], parameter.grad)
@@ -249,7 +281,7 @@ class TestLosses:
         for mix in MIXES:
             seen = make_seen(mix)
             decomposed_loss(seen).backward()
-            far_term, mix_term, _ = true_terms(seen)
+            far_term, mix_term, _, _ = true_terms(seen)
             for name, parameter in trained(seen).items():
                 term = far_term if name.startswith("mixer") else mix_term
                 (expected,) = torch.autograd.grad(term, parameter, retain_graph=True)
@@ -297,6 +329,59 @@ class TestLosses:
             largest[length] = record.bytes
         assert largest[2048] <= 4.1 * largest[512]
         assert largest[2048] < 4 * HEADS * 2048 * 2048 / 8
+
+
+class TestWeights:
+    @pytest.mark.parametrize("mix", MIXES)
+    def test_training_brings_the_students_output_nearer(self, mix):
+        seen = make_seen(mix, (96, 4, 2), batch=4)
+        set_mix(seen.layer, *calibrated_mix(seen))
+        target = FarTarget(seen)
+        optimizer = torch.optim.Adam(trained(seen).values(), lr=2e-2)
+        losses = []
+        with torch.no_grad():
+            before = output_loss(seen, target)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = weights_loss(seen, target)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        with torch.no_grad():
+            after = output_loss(seen, target)
+        assert losses[-1] < 0.8 * losses[0]
+        assert min(losses) > 0
+        assert after < 0.8 * before
+
+    def test_a_uniform_teacher_is_matched_exactly(self):
+        seen = make_seen("normalizer", (64, 4, 2))
+        zeros = Observation(seen.layer, torch.zeros_like(seen.q), torch.zeros_like(seen.k), seen.v, None)
+        assert weights_loss(zeros) > 1e-3
+        set_mix(seen.layer, *calibrated_mix(zeros))
+        with torch.no_grad():
+            assert weights_loss(zeros).abs() < 1e-6
+
+    def test_values_have_no_say(self):
+        seen = make_seen()
+        other = Observation(seen.layer, seen.q, seen.k, torch.randn_like(seen.v), None)
+        with torch.no_grad():
+            assert weights_loss(seen) == weights_loss(other)
+            assert decomposed_loss(seen) != decomposed_loss(other)
+
+    def test_a_mixer_with_weights_of_another_kind_is_refused(self):
+        class Decaying(type(make_seen().layer.mixer)):
+            def scan(self, state, phi_k, v):
+                return super().scan(state, 0.5 * phi_k, v)
+
+        seen = make_seen()
+        seen.layer.mixer.__class__ = Decaying
+        with pytest.raises(LinearizeError) as error:
+            weights_loss(seen)
+        assert str(error.value) == (
+            "transfer.objective: 'weights' needs weights phi_q.phi_k, and mixer 'hedgehog' has others; use 'decomposed' "
+            "or 'output'"
+        )
+        decomposed_loss(seen).backward()
 
 
 def student_log_odds(row, mix):

@@ -37,7 +37,7 @@ from .mixers import accumulation_dtype
 
 __all__ = ["far_divergence", "split_attention"]
 
-BLOCK = 64  # queries at a time in the PyTorch form
+QUERIES, KEYS = 64, 1024  # a tile of the PyTorch form
 
 
 @torch.no_grad()
@@ -74,9 +74,9 @@ def split_attention(
     if kernels := _kernels("split_attention", backend, q, v):
         return kernels.split_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     length = q.shape[2]
-    padded = [pad_to_chunks(x, window) for x in (q, k, v)]
     sink_k, sink_v = k[:, :, :sinks], v[:, :, :sinks]
-    near, near_lse = near_chunked(*padded, sink_k, sink_v, window=window, scale=scale)
+    q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q, k, v))
+    near, near_lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale)
     return near[:, :, :length], near_lse[:, :, :length], *_far_attention(q, k, v, window, sinks, scale)
 
 
@@ -183,24 +183,28 @@ class _FarDivergence(torch.autograd.Function):
 
 
 def _far_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The far half of `split_attention`, a block of queries at a time."""
+    """The far half of `split_attention`, by online softmax over tiles."""
     dtype = accumulation_dtype(q)
     queries = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1))
     keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
     out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
-    lse = queries.new_full(queries.shape[:-1], -torch.inf)
-    for rows, far, edge, hidden in _far_blocks(q.shape[2], window, sinks, q.device):
+    top = queries.new_full((*queries.shape[:-1], 1), -torch.inf)
+    total = torch.zeros_like(top)
+    for rows, far, edge, hidden in _far_tiles(q.shape[2], window, sinks, q.device):
         part = queries[:, :, :, rows]
-        logits = part.flatten(2, 3) @ keys[..., far]
-        logits.unflatten(2, part.shape[2:4])[..., edge:].masked_fill_(hidden, -torch.inf)
-        top = logits.amax(-1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)  # rows of the block without a far key
-        weights = logits.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        value = (weights @ values[:, :, far]) / torch.where(total > 0, total, 1.0)
-        out[:, :, :, rows] = value.unflatten(2, part.shape[2:4])
-        lse[:, :, :, rows] = (top + total.log()).squeeze(-1).unflatten(2, part.shape[2:4])
-    return out.flatten(1, 2), lse.flatten(1, 2)
+        logits = (part.flatten(2, 3) @ keys[..., far]).unflatten(2, part.shape[2:4])
+        logits[..., edge:].masked_fill_(hidden, -torch.inf)
+        old_top = top[:, :, :, rows]
+        new_top = torch.maximum(old_top, logits.amax(-1, keepdim=True))
+        shift = new_top.masked_fill(new_top == -torch.inf, 0.0)  # a query may have no far key yet
+        weights = logits.sub_(shift).exp_()
+        shrink = (old_top - shift).exp_()
+        total[:, :, :, rows] = total[:, :, :, rows] * shrink + weights.sum(-1, keepdim=True)
+        value = (weights.flatten(2, 3) @ values[:, :, far]).unflatten(2, part.shape[2:4])
+        out[:, :, :, rows] = out[:, :, :, rows] * shrink + value
+        top[:, :, :, rows] = new_top
+    out /= torch.where(total > 0, total, 1.0)
+    return out.flatten(1, 2), (top + total.log()).squeeze(-1).flatten(1, 2)
 
 
 def _far_sums(
@@ -210,17 +214,16 @@ def _far_sums(
     tiny = torch.finfo(accumulation_dtype(q)).tiny
     sums = torch.zeros(4, *q.shape[:3], dtype=accumulation_dtype(q), device=q.device)
     grouped = sums.unflatten(2, (k.shape[1], -1))
-    for rows, _, edge, hidden, logits, mass in _far_tiles(q, k, shift, phi_q, phi_k, window, sinks, scale):
-        weights = logits.exp()
-        weights[..., edge:].masked_fill_(hidden, 0.0)
-        mass[..., edge:].masked_fill_(hidden, 0.0)
-        grouped[0, :, :, :, rows] = weights.sum(-1)
-        grouped[2, :, :, :, rows] = mass.sum(-1)
-        bounded = mass.clamp_min_(tiny)
-        # Hidden keys count `tiny` each: less than a rounding of any sum that a key is in.
-        grouped[3, :, :, :, rows] = bounded.sum(-1)
-        grouped[1, :, :, :, rows] = weights.mul_(logits.sub_(bounded.log_())).sum(-1)
-    return sums.unbind(0)
+    for rows, _, edge, hidden, logits, mass in _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale):
+        weights, bounded = logits.exp(), mass.clamp_min(tiny)
+        logits -= bounded.log()
+        for x in (weights, mass, bounded):
+            x[..., edge:].masked_fill_(hidden, 0.0)
+        grouped[0, :, :, :, rows] += weights.sum(-1)
+        grouped[1, :, :, :, rows] += weights.mul_(logits).sum(-1)
+        grouped[2, :, :, :, rows] += mass.sum(-1)
+        grouped[3, :, :, :, rows] += bounded.sum(-1)
+    return sums[0], sums[1], sums[2], sums[3]
 
 
 def _far_gradients(
@@ -247,47 +250,53 @@ def _far_gradients(
     features_q, features_k = phi_q.to(dtype).unflatten(1, (kv_heads, -1)), phi_k.to(dtype)
     sharp, even, share = (x.unflatten(1, (kv_heads, -1))[..., None] for x in (sharp, even, share))
     grad_q, grad_k = torch.zeros_like(features_q), torch.zeros_like(features_k)
-    for rows, far, edge, hidden, logits, mass in _far_tiles(q, k, shift, phi_q, phi_k, window, sinks, scale):
+    for rows, far, edge, hidden, logits, mass in _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale):
         none = mass <= tiny
         weights = logits.exp_().div_(mass.clamp_min_(tiny)).mul_(-sharp[:, :, :, rows]).add_(even[:, :, :, rows])
         weights.masked_fill_(none, 0.0).add_(share[:, :, :, rows])
         weights[..., edge:].masked_fill_(hidden, 0.0)
         weights = weights.flatten(2, 3)
-        grad_q[:, :, :, rows] = (weights @ features_k[:, :, far]).unflatten(2, (-1, rows.stop - rows.start))
+        grad_q[:, :, :, rows] += (weights @ features_k[:, :, far]).unflatten(2, (-1, rows.stop - rows.start))
         grad_k[:, :, far] += weights.transpose(-1, -2) @ features_q[:, :, :, rows].flatten(2, 3)
     return grad_q.flatten(1, 2), grad_k
 
 
-def _far_tiles(
+def _far_products(
     q: Tensor, k: Tensor, shift: Tensor, phi_q: Tensor, phi_k: Tensor, window: int, sinks: int, scale: float
 ) -> Iterator[tuple[slice, slice, int, Tensor, Tensor, Tensor]]:
-    """`_far_blocks`, each with its l_i - shift and f_i, (B, K, G, rows, keys), hidden keys included."""
+    """`_far_tiles`, each with its l_i - shift and f_i, (B, K, G, rows, keys), hidden keys included."""
     dtype = accumulation_dtype(q)
     kv_heads = k.shape[1]
     queries = (q.to(dtype) * scale).unflatten(1, (kv_heads, -1))
     features = phi_q.to(dtype).unflatten(1, (kv_heads, -1))
     shifts = shift.to(dtype).unflatten(1, (kv_heads, -1))[..., None]
     keys, key_features = (x.to(dtype).transpose(-1, -2) for x in (k, phi_k))
-    for rows, far, edge, hidden in _far_blocks(q.shape[2], window, sinks, q.device):
+    for rows, far, edge, hidden in _far_tiles(q.shape[2], window, sinks, q.device):
         shape = queries.shape[2], rows.stop - rows.start
         logits = (queries[:, :, :, rows].flatten(2, 3) @ keys[..., far]).unflatten(2, shape)
         mass = (features[:, :, :, rows].flatten(2, 3) @ key_features[..., far]).unflatten(2, shape)
         yield rows, far, edge, hidden, logits.sub_(shifts[:, :, :, rows]), mass
 
 
-def _far_blocks(
+def _far_tiles(
     length: int, window: int, sinks: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Blocks of queries that have far keys: the queries, the far keys of their last, how many of those all of them
-    have, and which of the others each has not, (queries, keys) bool.
+    """Tiles of queries and far keys: both, how many of the tile's keys all of its queries have among their far ones,
+    and which of its others each has not, (queries, keys) bool.
     """
-    for first in range(0, length, BLOCK):
-        last = min(first + BLOCK, length)
+    for first in range(0, length, QUERIES):
+        last = min(first + QUERIES, length)
+        border = (torch.arange(first, last, device=device) // window - 1)[:, None] * window
         begin, end = (max((t // window - 1) * window, sinks) for t in (first, last - 1))
-        if end > sinks:
-            border = (torch.arange(first, last, device=device) // window - 1) * window
-            hidden = torch.arange(begin, end, device=device) >= border[:, None]
-            yield slice(first, last), slice(sinks, end), begin - sinks, hidden
+        for key in range(sinks, end, KEYS):
+            key_end = min(key + KEYS, end)
+            edge = min(max(begin, key), key_end)
+            yield (
+                slice(first, last),
+                slice(key, key_end),
+                edge - key,
+                torch.arange(edge, key_end, device=device) >= border,
+            )
 
 
 def _kernels(name: str, backend: str, q: Tensor, v: Tensor, num_features: int = 0) -> ModuleType | None:
