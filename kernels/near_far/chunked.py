@@ -3,9 +3,17 @@
 Rows hold their real tokens first (`pack.py` sees to that), and start on a chunk border, so no tensor here knows
 about padding: a key after a row's last real token is in no real query's past.
 
-Shape legend: B batch, H query heads, K key-value heads, G = H / K, T tokens (a multiple of W), N = T / W chunks,
-D head dimension of q and k, V of v, F features, S sinks.
+On a CPU the chunks are worked through in *blocks* that fit the processor's cache: what is computed between input and
+output is then made, read and forgotten there, instead of passing through memory that the system has to map first.
+Elsewhere, and while torch.compile traces, there is one block.
+
+Shape legend: B batch, H query heads, K key-value heads, G = H / K, T tokens (a multiple of W), W tokens a chunk,
+N chunks of a block, or all T / W, L = S + 2 W keys that a query may see exactly, D head dimension of q and k, V of v,
+F features, S sinks. *Folded* is (B, K, N, G W, .): the queries of a group beside each other, as they share the keys.
 """
+
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +21,18 @@ from torch import Tensor
 
 from .mixers import Mixer, State, accumulation_dtype
 
-__all__ = ["far_chunked", "mix_near_far", "near_chunked", "near_far_chunked", "pad_to_chunks", "positions"]
+__all__ = [
+    "far_chunked",
+    "mix_near_far",
+    "near_chunked",
+    "near_far_chunked",
+    "pad_to_chunks",
+    "positions",
+    "softmax_lse",
+]
+
+# Bytes of a block's logits for each thread. With what else a block makes this is about a core's second-level cache.
+BLOCK_BYTES = 3 * 2**19
 
 
 def near_far_chunked(
@@ -29,21 +48,38 @@ def near_far_chunked(
     scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same as `near_far_reference` in O(T (W + S + F V)) time and O(T (W + F V / W)) memory."""
+    """The same as `near_far_reference` in O(T (W + S + F V)) time and O(T (W + F V / W)) memory; without gradients a
+    CPU needs O(1) besides inputs and output."""
     from .pack import pack_rows, unpack_rows
 
     length = q.shape[2]
     q_rows, k_rows, v_rows = pack_rows(mask, q, k, v)
     sink_k, sink_v = k_rows[:, :, :sinks], v_rows[:, :, :sinks]
     q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q_rows, k_rows, v_rows))
-    out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale)
-    if mixer is not None:
-        far, log_mass, _ = far_chunked(q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks)
-        if mix_logit is not None and mix_logit.ndim == 3:
-            (mix_rows,) = pack_rows(mask, mix_logit[..., None])
-            mix_logit = pad_to_chunks(mix_rows, window).squeeze(-1)
-        out = mix_near_far(out, lse, far, log_mass, mix_logit, mix)
-    return unpack_rows(mask, out[:, :, :length]).to(q.dtype)
+    logits: Tensor | None = None
+    if mixer is not None and mix_logit is not None:
+        logits = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).expand(q.shape[:3])[..., None]
+        logits = pad_to_chunks(pack_rows(mask, logits)[0], window)
+    near = _Near(sink_k, sink_v, window, scale)
+
+    def blocks() -> Iterator[tuple[Tensor]]:
+        state = None if mixer is None else mixer.empty_state(k, v)
+        for first, q_block, k_block, v_block, logit in _blocks(window, sinks, q_rows, k_rows, v_rows, logits):
+            out, lse = near(q_block, k_block, v_block, first)
+            if mixer is not None and state is not None:
+                # Chunk c reads what was known before chunk c - 1. So what the block adds to the state are the chunks
+                # that stand one to the left of its own.
+                phi_k = _kept_features(mixer, k_block[:, :, :-window], window, sinks, first=first - 1)
+                states = mixer.scan(state, phi_k, v_block[:, :, :-window].unflatten(2, (-1, window)))
+                state = State(states.s[:, :, -1], states.z[:, :, -1])
+                phi_q = _fold_group(mixer.query_features(q_block), k.shape[1], window)
+                far, log_mass = mixer.read(State(states.s[:, :, :-1], states.z[:, :, :-1]), phi_q)
+                folded = None if logit is None else _fold_group(logit, k.shape[1], window).squeeze(-1)
+                out = mix_near_far(out, lse, far, log_mass, folded, mix)
+            yield (out,)
+
+    (out,) = _unfolded(blocks(), q_rows, window, q.dtype)
+    return unpack_rows(mask, out[:, :, :length])
 
 
 def near_chunked(
@@ -64,45 +100,15 @@ def near_chunked(
     chunk are right only where it is 0: the chunk before it is not among the keys.
     Returns o_near (B, H, T, V) and log Z_near (B, H, T), in the accumulation dtype.
     """
-    dtype = accumulation_dtype(q)
-    batch, heads, length, head_dim = q.shape
-    kv_heads, sinks = k.shape[1], sink_k.shape[2]
-    group, chunks = heads // kv_heads, length // window
-    scale = head_dim**-0.5 if scale is None else scale
+    near = _Near(sink_k, sink_v, window, scale, start)
 
-    queries = _fold_group(q.to(dtype) * scale, kv_heads, window)  # (B, K, N, G W, D)
-    keys, values = (_with_chunk_before(x.to(dtype), window) for x in (k, v))  # (B, K, N, 2 W, .)
-    logits = (queries @ keys.transpose(-1, -2)).unflatten(3, (group, window))  # (B, K, N, G, W, 2 W)
-    row, column = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
-    hidden = (column > row + window).expand(chunks, 1, window, 2 * window).clone()
-    hidden[:1, :, :, :window] = True  # the first chunk has no chunk before it
-    logits = logits.masked_fill(hidden, -torch.inf)
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for first, q_block, k_block, v_block in _blocks(window, sink_k.shape[2], q, k, v):
+            out, lse = near(q_block, k_block, v_block, first)
+            yield out, lse[..., None]
 
-    if sinks:
-        sink_logits = queries.flatten(2, 3) @ sink_k.to(dtype).transpose(-1, -2)
-        sink_logits = sink_logits.view(batch, kv_heads, chunks, group, window, sinks)
-        # A sink inside the window is there already: count it only once it has left.
-        window_start = positions(start, length, q.device)[:, ::window] - window
-        inside = torch.arange(sinks, device=q.device) >= window_start[:, None, :, None, None, None]
-        logits = torch.cat([sink_logits.masked_fill(inside, -torch.inf), logits], dim=-1)
-
-    weights, total, lse = exponentials(logits.flatten(3, 4))
-    out = weights[..., sinks:] @ values
-    if sinks:
-        out = out + (weights[..., :sinks].flatten(2, 3) @ sink_v.to(dtype)).unflatten(2, (chunks, group * window))
-    return _unfold_group(out / total, heads, window), _unfold_group(lse, heads, window).squeeze(-1)
-
-
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - m) with m the largest of a row, their sum l, and log Z = m + log l: (..., n), (..., 1), (..., 1).
-
-    Softmax is the first by the second. exp(logits - log Z) is not: at logits of 1e4 the rounding of log Z in float32
-    would be an error of 5e-4 in every weight.
-    """
-    top = logits.detach().amax(-1, keepdim=True)
-    weights = (logits - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    return weights, total, top + total.log()
+    out, lse = _unfolded(blocks(), q, window, accumulation_dtype(q))
+    return out, lse.squeeze(-1)
 
 
 def far_chunked(
@@ -122,21 +128,22 @@ def far_chunked(
     Returns o_far (B, H, T, V), log n (B, H, T), and the N + 1 states before each chunk and after the last
     (s: (B, K, N + 1, F, V), z: (B, K, N + 1, F)).
     """
-    dtype = accumulation_dtype(q)
-    phi_k = mixer.key_features(k)
-    kept = positions(start, min(sinks, k.shape[2]), q.device) >= sinks
-    kept = kept.to(dtype)[:, None, :, None]
-    phi_k = torch.cat([phi_k[:, :, : kept.shape[2]] * kept, phi_k[:, :, kept.shape[2] :]], dim=2)
+    phi_k = _kept_features(mixer, k, window, sinks, start)
+    states = mixer.scan(mixer.empty_state(k, v) if state is None else state, phi_k, v.unflatten(2, (-1, window)))
+    # The first chunk, whose chunk before is not here, reads the oldest state there is: empty for a row that starts at
+    # 0, of no consequence for one that does not.
+    s, z = (torch.cat([x[:, :, :1], x[:, :, :-2]], dim=2) for x in states)
+    chunks = _block_chunks(q, window, sinks)
 
-    before = mixer.empty_state(k, v) if state is None else state
-    states = mixer.scan(before, phi_k.unflatten(2, (-1, window)), v.to(dtype).unflatten(2, (-1, window)))
-    # Chunk c reads what was known before chunk c - 1. The first chunk, whose chunk before is not here, reads the
-    # oldest state there is: empty for a row that starts at 0, of no consequence for one that does not.
-    read = State(*(torch.cat([x[:, :, :1], x[:, :, :-2]], dim=2) for x in states))
-    phi_q = _fold_group(mixer.query_features(q), k.shape[1], window)
-    value, log_mass = mixer.read(read, phi_q)
-    heads = q.shape[1]
-    return _unfold_group(value, heads, window), _unfold_group(log_mass[..., None], heads, window).squeeze(-1), states
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        q_pieces = _pieces(q, None if chunks is None else chunks * window)
+        for q_piece, s_piece, z_piece in zip(q_pieces, _pieces(s, chunks), _pieces(z, chunks), strict=True):
+            phi_q = _fold_group(mixer.query_features(q_piece), k.shape[1], window)
+            far, log_mass = mixer.read(State(s_piece, z_piece), phi_q)
+            yield far, log_mass[..., None]
+
+    far, log_mass = _unfolded(blocks(), q, window, accumulation_dtype(q))
+    return far, log_mass.squeeze(-1), states
 
 
 def mix_near_far(
@@ -148,7 +155,7 @@ def mix_near_far(
     near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,), (B, H, T) or None for zeros.
     """
     share = far_log_odds(lse, log_mass, mix_logit, mix).sigmoid()
-    return near + share[..., None] * (far - near)
+    return torch.lerp(near, far, share[..., None])
 
 
 def far_log_odds(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: str) -> Tensor:
@@ -160,6 +167,44 @@ def far_log_odds(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: s
     if mix == "normalizer":
         return logit + log_mass - lse
     return torch.where(log_mass > -torch.inf, logit, -torch.inf)
+
+
+def softmax_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax of the last dimension, and log Z = log sum exp of it: (..., n) -> (..., n), (...).
+
+    The largest weight of a row is 1 / sum exp(logits - m), with m its largest logit: log Z = m - log of that weight.
+    Weights recovered as exp(logits - log Z) would not do: at logits of 1e4 the rounding of log Z in float32 is an
+    error of 5e-4 in every one.
+    """
+    return _SoftmaxLse.apply(logits)
+
+
+class _SoftmaxLse(torch.autograd.Function):
+    """As one function for its backward: dx = w (dw + dlse - sum dw w), one pass for what autograd does in five."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights = logits.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, logits.amax(-1) - weights.amax(-1).log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> Tensor:  # type: ignore[override]
+        (weights,) = ctx.saved_tensors
+        product = grad * weights
+        return torch.addcmul(product, weights, (grad_lse - product.sum(-1))[..., None])
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - m) with m the largest of a row, their sum l, and log Z = m + log l: (..., n), (..., 1), (..., 1).
+
+    Softmax is the first by the second. exp(logits - log Z) is not: at logits of 1e4 the rounding of log Z in float32
+    would be an error of 5e-4 in every weight.
+    """
+    top = logits.detach().amax(-1, keepdim=True)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights, total, top + total.log()
 
 
 def positions(start: int | Tensor, count: int, device: torch.device) -> Tensor:
@@ -174,15 +219,126 @@ def pad_to_chunks(x: Tensor, window: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _with_chunk_before(x: Tensor, window: int) -> Tensor:
-    """(B, K, T, .) -> (B, K, N, 2 W, .): each chunk behind the one before it, zeros before the first."""
-    chunks = x.unflatten(2, (-1, window))
-    before = torch.cat([torch.zeros_like(chunks[:, :, :1]), chunks[:, :, :-1]], dim=2)
-    return torch.cat([before, chunks], dim=3)
+class _Near:
+    """The near term of one block after another. `start` as in `near_chunked`."""
+
+    def __init__(
+        self, sink_k: Tensor, sink_v: Tensor, window: int, scale: float | None, start: int | Tensor = 0
+    ) -> None:
+        self.sink_k, self.sink_v = sink_k, sink_v
+        self.window, self.scale, self.start = window, scale, start
+        self.settled: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The block of N chunks whose first is chunk `first` of those after `start`.
+
+        q: (B, H, N W, D); k, v: (B, K, (N + 1) W, .), from the chunk before on, which is not read where first = 0.
+        Returns o_near (B, K, N, G W, V) and log Z_near (B, K, N, G W).
+        """
+        dtype, window = accumulation_dtype(q), self.window
+        chunks = q.shape[2] // window
+        queries = _fold_group(q, k.shape[1], window).to(dtype)
+        queries = queries * (q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        keys, values = (
+            torch.cat(
+                [
+                    sink[:, :, None].expand(-1, -1, chunks, -1, -1),
+                    x[:, :, :-window].unflatten(2, (-1, window)),
+                    x[:, :, window:].unflatten(2, (-1, window)),
+                ],
+                dim=3,
+            ).to(dtype)
+            for sink, x in ((self.sink_k, k), (self.sink_v, v))
+        )  # (B, K, N, L, .)
+        logits = queries @ keys.transpose(-1, -2)  # (B, K, N, G W, L)
+        # Adding -inf takes a fraction of the time of masked_fill_.
+        logits.unflatten(3, (-1, window)).add_(self._mask(first, chunks, logits))
+        weights, lse = softmax_lse(logits)
+        return weights @ values, lse
+
+    def _mask(self, first: int, chunks: int, like: Tensor) -> Tensor:
+        """0 for keys that a query sees, -inf for others: (1 or B, 1, N, 1, W, L), with 1 for N where all are alike."""
+        window, sinks = self.window, self.sink_k.shape[2]
+        alike = first > 0 and (first - 1) * window >= sinks
+        if alike and self.settled is not None:
+            return self.settled
+        row, slot = (torch.arange(n, device=like.device) for n in (window, 2 * window))
+        chunk = first + torch.arange(1 if alike else chunks, device=like.device)[:, None, None]
+        hidden = (slot > row[:, None] + window) | ((chunk == 0) & (slot < window))  # (N, W, 2 W)
+        # A sink inside the window is there already: count it only once it has left.
+        window_start = positions(self.start, 1, like.device)[..., None, None] + (chunk - 1) * window
+        inside = torch.arange(sinks, device=like.device) >= window_start  # (1 or B, N, 1, S)
+        inside = inside.expand(-1, -1, window, -1)
+        hidden = torch.cat([inside, hidden.expand(len(inside), -1, -1, -1)], dim=-1)
+        mask = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None, :, None]
+        if alike:
+            self.settled = mask
+        return mask
+
+
+def _kept_features(mixer: Mixer, k: Tensor, window: int, sinks: int, start: int | Tensor = 0, first: int = 0) -> Tensor:
+    """phi_k (B, K, N, W, F) of N chunks of keys (B, K, N W, D) whose first is chunk `first` of those after `start`:
+    zero for sinks, which are in no state, and for chunk -1, which is none."""
+    phi_k = mixer.key_features(k)
+    if first * window < sinks:
+        row = first * window + torch.arange(k.shape[2], device=k.device)
+        kept = (row >= 0) & (positions(start, 1, k.device) + row >= sinks)
+        phi_k = phi_k * kept.to(phi_k.dtype)[:, None, :, None]
+    return phi_k.unflatten(2, (-1, window))
+
+
+def _block_chunks(q: Tensor, window: int, sinks: int) -> int | None:
+    """How many chunks make a block; None where one block is best."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return None
+    chunk_bytes = q.shape[0] * q.shape[1] * window * (sinks + 2 * window) * accumulation_dtype(q).itemsize
+    return max(1, BLOCK_BYTES * torch.get_num_threads() // chunk_bytes)
+
+
+def _blocks(
+    window: int, sinks: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """(first chunk, q, k, v, *others) of one block after another; k and v begin with the chunk before it (zeros before
+    the first). All are (B, heads, T, .); None stays None."""
+    chunks = _block_chunks(q, window, sinks)
+    tokens = None if chunks is None else chunks * window
+    k_before, v_before = (x.new_zeros(*x.shape[:2], window, x.shape[3]) for x in (k, v))
+    first = 0
+    q_pieces = _pieces(q, tokens)
+    rest = zip(*([None] * len(q_pieces) if x is None else _pieces(x, tokens) for x in (k, v, *others)), strict=True)
+    for q_piece, (k_piece, v_piece, *pieces) in zip(q_pieces, rest, strict=True):
+        yield first, q_piece, torch.cat([k_before, k_piece], 2), torch.cat([v_before, v_piece], 2), *pieces
+        k_before, v_before = k_piece[:, :, -window:], v_piece[:, :, -window:]
+        first += q_piece.shape[2] // window
+
+
+def _pieces(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
+    """x in pieces of `count` along dimension 2, None for one piece. By `split`, whose gradient is one concatenation;
+    that of a slice would be a tensor of zeros for each piece."""
+    return (x,) if count is None else x.split(count, dim=2)
+
+
+def _unfolded(blocks: Iterable[tuple[Tensor, ...]], q: Tensor, window: int, dtype: torch.dtype) -> list[Tensor]:
+    """The folded results of all blocks as whole tensors (B, H, T, .) in the order of q."""
+    heads = q.shape[1]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        columns = [column[0] if len(column) == 1 else torch.cat(column, dim=2) for column in zip(*blocks, strict=True)]
+        return [_unfold_group(x, heads, window).to(dtype) for x in columns]
+    wholes: list[Tensor] = []
+    first = 0
+    for block in blocks:
+        views = [x.unflatten(3, (-1, window)).transpose(2, 3) for x in block]  # (B, K, G, N, W, .)
+        if not wholes:
+            chunks = q.shape[2] // window
+            wholes = [x.new_empty(*x.shape[:3], chunks, *x.shape[4:], dtype=dtype) for x in views]
+        for whole, view in zip(wholes, views, strict=True):
+            whole[:, :, :, first : first + view.shape[3]] = view
+        first += views[0].shape[3]
+    return [x.flatten(3, 4).flatten(1, 2) for x in wholes]
 
 
 def _fold_group(x: Tensor, kv_heads: int, window: int) -> Tensor:
-    """(B, H, T, .) -> (B, K, N, G W, .): the queries of a group beside each other, so that they share the keys."""
+    """(B, H, T, .) -> folded (B, K, N, G W, .)."""
     x = x.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, window))
     return x.transpose(2, 3).flatten(3, 4)
 

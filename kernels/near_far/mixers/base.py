@@ -66,7 +66,7 @@ class Mixer(nn.Module):
         """
         s = torch.cat([state.s[:, :, None], phi_k.transpose(-1, -2) @ v.to(phi_k.dtype)], dim=2)
         z = torch.cat([state.z[:, :, None], phi_k.sum(-2)], dim=2)
-        return State(s.cumsum(2), z.cumsum(2))
+        return State(s.cumsum_(2), z.cumsum_(2))
 
     def read(self, state: State, phi_q: Tensor) -> tuple[Tensor, Tensor]:
         """The far term: its value and the logarithm of its mass.
@@ -76,7 +76,7 @@ class Mixer(nn.Module):
 
         phi_q: (..., R, F), s: (..., F, V), z: (..., F) -> value (..., R, V), log n (..., R).
         """
-        n = (phi_q @ state.z[..., None]).squeeze(-1)
+        n = (phi_q * state.z[..., None, :]).sum(-1)
         tiny = torch.finfo(n.dtype).tiny
         safe = n.clamp_min(tiny)
         log_mass = torch.where(n > tiny, safe.log(), -torch.inf)

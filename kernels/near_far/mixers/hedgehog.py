@@ -62,4 +62,4 @@ def _rotations(head_dim: int, columns: int) -> Tensor:
 def _features(x: Tensor, weight: Tensor) -> Tensor:
     dtype = accumulation_dtype(x)
     projected = x.to(dtype) @ weight.to(dtype)
-    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+    return torch.stack([projected, -projected], dim=-2).softmax(-1).flatten(-2)
