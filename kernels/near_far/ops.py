@@ -59,9 +59,9 @@ def near_far_attention(
     """
     _check(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
     _check_documents(cu_seqlens, q, mask)
-    chosen = "torch"
-    if q.shape[0]:  # an empty batch needs no kernel
-        chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
+    if not q.shape[0]:
+        return q[..., :1].expand(*q.shape[:3], v.shape[-1]).clone()
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
     if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
         mask = None
     options = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}

@@ -123,7 +123,7 @@ def far_backward_queries(
     FEATURES: tl.constexpr,
     MIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_HEAD: tl.constexpr,
@@ -152,13 +152,11 @@ def far_backward_queries(
     g = r // WINDOW
     t = r % WINDOW
     there = (g < GROUP) & (t < tokens)
-    d = tl.arange(0, BLOCK_D)[None, :]
     e = tl.arange(0, BLOCK_V)[None, :]
     f = tl.arange(0, BLOCK_F)
     low = first // WINDOW
     high = tl.minimum((first + BLOCK_M - 1) // WINDOW, GROUP - 1)
     q += row * q_row + head * GROUP * q_head + column * q_token
-    queries = tl.load(q + g[:, None] * q_head + t[:, None] * q_token + d, mask=there[:, None] & (d < D), other=0.0)
     out += row * out_row + head * GROUP * out_head + column * out_token
     dout += row * dout_row + head * GROUP * dout_head + column * dout_token
     shown = there[:, None] & (e < V)
@@ -183,13 +181,14 @@ def far_backward_queries(
             state = before + base * V
             do_far = do.to(FAR)
             if FEATURES == "hedgehog":
-                projected = project(queries, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D,
-                                    BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
+                x_rows = q + g * q_head + t * q_token
+                projected = project(x_rows, there, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M,
+                                    BLOCK_K, BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
                 # Both softmaxes' backward passes, one half after the other: of three tiles only two stay.
                 n = tl.zeros((BLOCK_M,), ACC)
                 u = tl.zeros((BLOCK_M,), ACC)
                 dp = tl.zeros((BLOCK_M, BLOCK_F), ACC)
-                for half in tl.static_range(2):
+                for half in range(2):
                     features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
                     n += tl.sum(
                         features * tl.load(norms + base + half * HALF + f, mask=f < HALF, other=0.0)[None, :], 1
@@ -226,7 +225,7 @@ def far_backward_queries(
                 dlogit = w * (u - n * delta)
             norm_factor = -w * far_delta
             if FEATURES == "hedgehog":
-                for half in tl.static_range(2):
+                for half in range(2):
                     features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
                     z = tl.load(norms + base + half * HALF + f, mask=f < HALF, other=0.0)[None, :]
                     part = far_delta * tl.sum(features * z, 1)
@@ -431,7 +430,7 @@ def far_backward_keys(
     HALF: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ACC: tl.constexpr,
@@ -452,11 +451,9 @@ def far_backward_keys(
 
     j = first + tl.arange(0, BLOCK_N)
     stored = j < tokens
-    d = tl.arange(0, BLOCK_D)[None, :]
     e = tl.arange(0, BLOCK_V)[None, :]
     k += row * k_row + head * k_head + column * k_token
     v += row * v_row + head * v_head + column * v_token
-    key = tl.load(k + j[:, None] * k_token + d, mask=stored[:, None] & (d < D), other=0.0)
     value = tl.load(v + j[:, None] * v_token + e, mask=stored[:, None] & (e < V), other=0.0)
     dv_acc = tl.zeros((BLOCK_N, BLOCK_V), ACC)
 
@@ -466,10 +463,10 @@ def far_backward_keys(
     kept = stored & (tl.load(entry + CHUNK) * WINDOW + j >= SINKS)
     per_row = (row * KV_HEADS + head) * T + column
     if FEATURES == "hedgehog":
-        projected = project(key, j, 0, 0, weight, weight_low, head, D, HALF, BLOCK_N, BLOCK_D, BLOCK_F, True, ACC,
-                            PRECISION)  # fmt: skip
+        projected = project(k + j * k_token, stored, j, 0, 0, weight, weight_low, head, D, HALF, BLOCK_N, BLOCK_K,
+                            BLOCK_F, True, ACC, PRECISION)  # fmt: skip
         dp = tl.zeros((BLOCK_N, BLOCK_F), ACC)
-        for half in tl.static_range(2):
+        for half in range(2):
             features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
             features = tl.where(kept[:, None], features, 0.0)
             dstate = load_state(state, half * HALF + f, V, (half + 1) * HALF, BLOCK_V)

@@ -26,7 +26,7 @@ def blocks_of(kernel: str, key: dict[str, Any], target: Target) -> Blocks:
     features = _power(key["half"]) if key["features"] == "hedgehog" else min(most, _power(key["half"]))
     wide = max(head_dim, value_dim, features) > 64
     warps = 8 if wide else 4
-    constants = {"BLOCK_M": rows, "BLOCK_D": head_dim, "BLOCK_F": features, "BLOCK_V": value_dim}
+    constants = {"BLOCK_M": rows, "BLOCK_D": head_dim, "BLOCK_K": min(head_dim, 32), "BLOCK_F": features, "BLOCK_V": value_dim}
     if kernel == "chunk_sums":
         constants["BLOCK_V"] = min(value_dim, 64)
         return Blocks(constants, warps, 1)

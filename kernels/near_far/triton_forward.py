@@ -40,7 +40,8 @@ FIELDS = tl.constexpr(8)
 
 @triton.jit
 def project(
-    x,
+    x_rows,
+    there,
     group_of_row,
     low,
     high,
@@ -50,35 +51,40 @@ def project(
     D,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     ONE_HEAD: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x W of each row's own head: x (BLOCK_M, BLOCK_D) -> (BLOCK_M, BLOCK_F), 0 in columns beyond HALF.
+    """x W of each row's own head: BLOCK_M rows of D at the pointers `x_rows` -> (BLOCK_M, BLOCK_F), 0 beyond HALF.
 
     16-bit inputs meet W as two 16-bit terms: an error of 2^-9 in a logit of a feature would be one of percents in it.
+    BLOCK_K of D at a time, so that W passes through few registers.
     """
-    d = tl.arange(0, BLOCK_D)[:, None]
     f = tl.arange(0, BLOCK_F)[None, :]
-    inside = (d < D) & (f < HALF)
     p = tl.zeros((BLOCK_M, BLOCK_F), ACC)
     for g in range(low, high + 1):
-        own = x
+        own = there
         if not ONE_HEAD:
-            own = tl.where((group_of_row == g)[:, None], x, 0.0).to(x.dtype)
-        at = (first_head + g) * D * HALF + d * HALF + f
-        p += tl.dot(own, tl.load(weight + at, mask=inside, other=0.0), input_precision=PRECISION, out_dtype=ACC)
-        if weight_low is not None:
-            p += tl.dot(own, tl.load(weight_low + at, mask=inside, other=0.0), input_precision=PRECISION, out_dtype=ACC)
+            own = there & (group_of_row == g)
+        for begin in range(0, D, BLOCK_K):
+            d = begin + tl.arange(0, BLOCK_K)
+            x = tl.load(x_rows[:, None] + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
+            at = (first_head + g) * D * HALF + d[:, None] * HALF + f
+            inside = (d < D)[:, None] & (f < HALF)
+            w = tl.load(weight + at, mask=inside, other=0.0)
+            p += tl.dot(x, w, input_precision=PRECISION, out_dtype=ACC)
+            if weight_low is not None:
+                w = tl.load(weight_low + at, mask=inside, other=0.0)
+                p += tl.dot(x, w, input_precision=PRECISION, out_dtype=ACC)
     return p
 
 
 @triton.jit
-def half_of_features(p, SIGN: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr):
-    """softmax(SIGN p) over the first HALF columns, 0 in the others."""
-    s = tl.where((tl.arange(0, BLOCK_F) < HALF)[None, :], p * SIGN, -float("inf"))
+def half_of_features(p, sign, HALF: tl.constexpr, BLOCK_F: tl.constexpr):
+    """softmax(sign p) over the first HALF columns, 0 in the others."""
+    s = tl.where((tl.arange(0, BLOCK_F) < HALF)[None, :], p * sign, -float("inf"))
     e = tl.exp(s - tl.max(s, 1)[:, None])
     return e / tl.sum(e, 1)[:, None]
 
@@ -123,6 +129,7 @@ def chunk_sums(
     FEATURES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_HEAD: tl.constexpr,
@@ -133,7 +140,8 @@ def chunk_sums(
     """s = sum a phi y^T (F, V) and z = sum b phi (F,) of one chunk and KV head.
 
     Of keys: a = b = 1, 0 for sinks (factor None). In the backward pass, of queries: a = `factor`, b = `factor_norm`,
-    (B, H, T), over the rows of the whole group. Axis 2 of the grid counts blocks of V, and of F where phi is given.
+    (B, H, T), over the rows of the whole group. Axis 2 of the grid counts blocks of V and of F, of which hedgehog has
+    two, its halves.
     """
     p, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = chunks + p * FIELDS
@@ -143,9 +151,12 @@ def chunk_sums(
     position = tl.load(entry + CHUNK) * WINDOW
     blocks_v = tl.cdiv(V, BLOCK_V)
     first_v = (block % blocks_v) * BLOCK_V
-    first_f = (block // blocks_v) * BLOCK_F
+    half = block // blocks_v
+    first_f = half * BLOCK_F
+    sign = 1.0 - 2.0 * half
+    if FEATURES == "hedgehog":
+        first_f = 0
     r = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)[None, :]
     e = first_v + tl.arange(0, BLOCK_V)[None, :]
     f = first_f + tl.arange(0, BLOCK_F)
     x += row * x_row + head * GROUP * x_head + column * x_token
@@ -154,8 +165,6 @@ def chunk_sums(
 
     s = tl.zeros((BLOCK_F, BLOCK_V), ACC)
     z = tl.zeros((BLOCK_F,), ACC)
-    s_minus = tl.zeros((BLOCK_F, BLOCK_V), ACC)
-    z_minus = tl.zeros((BLOCK_F,), ACC)
     for first in range(0, GROUP * WINDOW, BLOCK_M):
         g = (first + r) // WINDOW
         t = (first + r) % WINDOW
@@ -169,36 +178,27 @@ def chunk_sums(
             a = tl.load(factor + at, mask=there, other=0.0)
             b = tl.load(factor_norm + at, mask=there, other=0.0)
         if FEATURES == "hedgehog":
-            tile = tl.load(x + g[:, None] * x_head + t[:, None] * x_token + d, mask=there[:, None] & (d < D), other=0.0)
             low = first // WINDOW
             high = tl.minimum((first + BLOCK_M - 1) // WINDOW, GROUP - 1)
-            q = project(tile, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D, BLOCK_F,
-                        ONE_HEAD, ACC, PRECISION)  # fmt: skip
-            plus = half_of_features(q, 1.0, HALF, BLOCK_F)
-            z += tl.sum(plus * b[:, None], 0)
-            s += tl.dot(tl.trans((plus * a[:, None]).to(FAR)), values.to(FAR), input_precision=PRECISION, out_dtype=ACC)
-            minus = half_of_features(q, -1.0, HALF, BLOCK_F)
-            z_minus += tl.sum(minus * b[:, None], 0)
-            s_minus += tl.dot(
-                tl.trans((minus * a[:, None]).to(FAR)), values.to(FAR), input_precision=PRECISION, out_dtype=ACC
-            )
+            x_rows = x + g * x_head + t * x_token
+            projected = project(x_rows, there, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_K,
+                                BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
+            features = half_of_features(projected, sign, HALF, BLOCK_F)
         else:
             base = phi + row * phi_row + head * GROUP * phi_head + column * phi_token
             at = g[:, None] * phi_head + t[:, None] * phi_token + f[None, :]
-            plus = tl.load(base + at, mask=there[:, None] & (f < F)[None, :], other=0.0).to(ACC)
-            z += tl.sum(plus * b[:, None], 0)
-            s += tl.dot(tl.trans((plus * a[:, None]).to(FAR)), values.to(FAR), input_precision=PRECISION, out_dtype=ACC)
+            features = tl.load(base + at, mask=there[:, None] & (f < F)[None, :], other=0.0).to(ACC)
+        z += tl.sum(features * b[:, None], 0)
+        weighed = tl.trans((features * a[:, None]).to(FAR))
+        s += tl.dot(weighed, values.to(FAR), input_precision=PRECISION, out_dtype=ACC)
 
-    base = (p.to(tl.int64) * KV_HEADS + head) * F
-    at = f[:, None] * V + e
-    rows_there = f < F
+    stored = f < F
     if FEATURES == "hedgehog":
-        rows_there = f < HALF
-        inside = rows_there[:, None] & (e < V)
-        tl.store(sums + (base + HALF) * V + at, s_minus, mask=inside)
-        tl.store(norms + base + HALF + f, z_minus, mask=rows_there & (first_v == 0))
-    tl.store(sums + base * V + at, s, mask=rows_there[:, None] & (e < V))
-    tl.store(norms + base + f, z, mask=rows_there & (first_v == 0))
+        stored = f < HALF
+        f += half * HALF
+    base = (p.to(tl.int64) * KV_HEADS + head) * F
+    tl.store(sums + base * V + f[:, None] * V + e, s, mask=stored[:, None] & (e < V))
+    tl.store(norms + base + f, z, mask=stored & (first_v == 0))
 
 
 @triton.jit
@@ -304,6 +304,7 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_HEAD: tl.constexpr,
@@ -394,16 +395,17 @@ def attention_forward(
             state = before + base * V
             f = tl.arange(0, BLOCK_F)
             # n = phi_q . z
+            n = tl.zeros((BLOCK_M,), ACC)
             if FEATURES == "hedgehog":
-                projected = project(queries, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_D,
-                                    BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
-                z = tl.load(norms + base + f, mask=f < HALF, other=0.0)
-                n = tl.sum(half_of_features(projected, 1.0, HALF, BLOCK_F) * z[None, :], 1)
-                z = tl.load(norms + base + HALF + f, mask=f < HALF, other=0.0)
-                n += tl.sum(half_of_features(projected, -1.0, HALF, BLOCK_F) * z[None, :], 1)
+                x_rows = q + g * q_head + t * q_token
+                projected = project(x_rows, there, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M,
+                                    BLOCK_K, BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
+                for half in range(2):
+                    features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F)
+                    z = tl.load(norms + base + half * HALF + f, mask=f < HALF, other=0.0)
+                    n += tl.sum(features * z[None, :], 1)
             else:
                 feature_rows = phi + row * phi_row + head * GROUP * phi_head + column * phi_token
-                n = tl.zeros((BLOCK_M,), ACC)
                 for begin in range(0, F, BLOCK_F):
                     i = begin + f
                     at = g[:, None] * phi_head + t[:, None] * phi_token + i[None, :]
@@ -434,12 +436,10 @@ def attention_forward(
                 factor = tl.where(some, 1.0 / safe, 0.0)
             far = factor / total
             if FEATURES == "hedgehog":
-                features = (half_of_features(projected, 1.0, HALF, BLOCK_F) * factor[:, None]).to(FAR)
-                stored_sums = load_state(state, f, V, HALF, BLOCK_V)
-                acc += tl.dot(features, stored_sums, input_precision=PRECISION, out_dtype=ACC)
-                features = (half_of_features(projected, -1.0, HALF, BLOCK_F) * factor[:, None]).to(FAR)
-                stored_sums = load_state(state, HALF + f, V, 2 * HALF, BLOCK_V)
-                acc += tl.dot(features, stored_sums, input_precision=PRECISION, out_dtype=ACC)
+                for half in range(2):
+                    features = half_of_features(projected, 1.0 - 2.0 * half, HALF, BLOCK_F) * factor[:, None]
+                    stored_sums = load_state(state, half * HALF + f, V, (half + 1) * HALF, BLOCK_V)
+                    acc += tl.dot(features.to(FAR), stored_sums, input_precision=PRECISION, out_dtype=ACC)
             else:
                 for begin in range(0, F, BLOCK_F):
                     i = begin + f

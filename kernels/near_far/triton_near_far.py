@@ -265,9 +265,8 @@ class _Call:
         elif axis == "queries":
             grid = (self.rows.count * self.tiles(constants["BLOCK_M"]), self.kv_heads)
         else:
-            splits = -(-self.value_dim // constants["BLOCK_V"])
-            if problem.features == "given":
-                splits *= -(-self.num_features // constants["BLOCK_F"])
+            halves = 2 if problem.features == "hedgehog" else -(-self.num_features // constants["BLOCK_F"])
+            splits = halves * -(-self.value_dim // constants["BLOCK_V"])
             grid = (self.rows.count, self.kv_heads, splits)
         if axis != "keys":  # whether no tile has rows of two heads
             arguments["ONE_HEAD"] = group == 1 or problem.window % constants["BLOCK_M"] == 0
