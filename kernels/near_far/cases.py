@@ -1,0 +1,74 @@
+"""The launches that the offline compiler checks: every kernel at the shapes of real models."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..devices import Target
+from ..launch import Launch, recording
+from .counts import Shape, kernel_work
+from .rows import Rows
+from .triton_near_far import Problem, near_far_backward, near_far_forward
+
+__all__ = ["MODELS", "WINDOWS", "Case", "cases"]
+
+TOKENS = 8192
+SINKS = 4
+WINDOWS = (64, 128)
+# heads, kv_heads, head_dim, feature_dim
+MODELS = {
+    "SmolLM2-135M": (9, 3, 64, 64),
+    "Qwen3-0.6B": (16, 8, 128, 128),
+    "Llama-3.1-8B": (32, 8, 128, 128),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch. flops, bytes: what it must compute and move at least, see `counts`."""
+
+    model: str
+    window: int
+    kernel: str
+    launch: Launch
+    flops: int
+    bytes: int
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """Every kernel at every model and window, bfloat16, `TOKENS` tokens of prefill, blocks as chosen for `target`."""
+    for model, (heads, kv_heads, head_dim, half) in MODELS.items():
+        for window in WINDOWS:
+            shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
+            yield from _prefill_cases(model, shape, target)
+
+
+def _prefill_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
+    def tokens(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(1, shape.tokens, heads, size, dtype=dtype, device="meta").transpose(1, 2)
+
+    q, k = tokens(shape.heads, shape.head_dim), tokens(shape.kv_heads, shape.head_dim)
+    v = tokens(shape.kv_heads, shape.value_dim)
+    weights = [torch.empty(h, shape.head_dim, shape.half, device="meta") for h in (shape.heads, shape.kv_heads)]
+    mix = torch.empty(1, shape.heads, shape.tokens, device="meta")
+    chunks = -(-shape.tokens // shape.window)
+    tables = (torch.empty(n, m, dtype=torch.int32, device="meta") for n, m in ((chunks + 1, 8), (1, 3)))
+    rows = Rows(*tables, count=chunks, padded=False)
+    problem = Problem(shape.window, shape.sinks, "normalizer", "hedgehog", shape.head_dim**-0.5)
+    with recording(target) as forward:
+        out, stats, _ = near_far_forward(q, k, v, k, v, mix, *weights, rows, problem)
+    with recording(target) as backward:
+        near_far_backward(out, None, q, k, v, mix, *weights, out, stats, rows, problem)
+    seen = set()
+    for launches, ending in ((forward, ""), (backward, "_backward")):
+        for launch in launches:
+            name = launch.kernel.__name__
+            if name == "chunk_sums" and launch.arguments["GROUP"] > 1:
+                name += ending
+            # States are computed again in the backward pass, and sums of the normaliser are as those of the state.
+            if name in seen:
+                continue
+            seen.add(name)
+            yield Case(model, shape.window, name, launch, *kernel_work(name, shape))
