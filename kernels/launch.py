@@ -6,18 +6,21 @@ A launcher allocates its outputs, chooses blocks for the target and calls `launc
 `Launch` objects: the offline compiler's table is therefore about the very launches that run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .devices import Target, target_of
+from .tuning import choose
 
-__all__ = ["Launch", "current_target", "launch", "recording"]
+__all__ = ["Launch", "current_target", "launch", "launch_best", "recording"]
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,62 @@ def current_target(device: torch.device) -> Target:
     """What to choose blocks for: the target under `recording`, else the device itself."""
     record = _recorded.get()
     return target_of(device) if record is None else record[0]
+
+
+_chosen: dict[tuple, int] = {}
+
+
+def launch_best(key: tuple, candidates: Sequence[Choice], run: Callable[[Choice], None], tensor: Tensor) -> None:
+    """Launch by `run(candidate)` with the best candidate for `key` on the tensor's device.
+
+    The first one, unless a measurement chose another (`tuning`); where one needs more shared memory or registers than
+    the device has, the next, which is then remembered. Not on a GPU: the first.
+
+    Raises:
+        LinearizeError: none of the candidates fits the device.
+    """
+    if not tensor.is_cuda or _recorded.get() is not None:
+        run(candidates[0])
+        return
+    from triton.runtime.errors import OutOfResources
+
+    where = (tensor.device.index, *key)
+    index = _chosen.get(where)
+    if index is None:
+        name = torch.cuda.get_device_name(tensor.device)
+        timed = None if torch.cuda.is_current_stream_capturing() else lambda i: _milliseconds(run, candidates[i])
+        index = choose(f"{name}: {', '.join(map(str, key))}", len(candidates), timed)
+    while True:
+        try:
+            run(candidates[index])
+        except OutOfResources as error:
+            if index + 1 == len(candidates):
+                from linearize.errors import LinearizeError
+
+                raise LinearizeError(
+                    f"backend: {key[0]} does not fit {torch.cuda.get_device_name(tensor.device)} with any blocks "
+                    f"({error}); use backend='torch'"
+                ) from error
+            index += 1
+        else:
+            _chosen[where] = index
+            return
+
+
+def _milliseconds(run: Callable[[Choice], None], candidate: Choice) -> float:
+    """The best of a few launches, compilation apart; infinity where the candidate does not fit."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run(candidate)
+    except OutOfResources:
+        return float("inf")
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(candidate)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)

@@ -5,6 +5,7 @@ Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) t
 Shape legend as in `chunked`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import Target
-from ..launch import current_target, launch
+from ..launch import current_target, launch, launch_best
 from .mixers import Hedgehog, Mixer
 from .rows import Rows
 from .triton_backward import (
@@ -23,7 +24,7 @@ from .triton_backward import (
     near_backward_queries,
     sink_gradients,
 )
-from .triton_blocks import Blocks, blocks_of
+from .triton_blocks import Blocks, candidates
 from .triton_forward import attention_forward, chunk_sums, prefix_sums
 
 __all__ = ["FarStates", "Problem", "empty_outputs", "far_dtype", "features_of", "near_far_backward", "near_far_forward"]
@@ -167,21 +168,23 @@ def near_far_backward(
     )
     near = problem.mix != "far"
     sinks = problem.sinks if near else 0
-    tiles = call.tiles(call.blocks(near_backward_queries).constants["BLOCK_M"])
-    parts = [
-        torch.empty(rows.count, tiles, call.kv_heads, sinks, x.shape[-1], dtype=call.wide, device=q.device)
-        for x in (k, v)
-    ]
-    call.run(
+
+    def sink_parts(blocks: Blocks) -> dict[str, Tensor]:
+        shape = rows.count, call.tiles(blocks.constants["BLOCK_M"]), call.kv_heads, sinks
+        return {
+            name: torch.empty(*shape, x.shape[-1], dtype=call.wide, device=q.device)
+            for name, x in (("dsink_k", k), ("dsink_v", v))
+        }
+
+    parts = call.run(
         near_backward_queries,
         "queries",
+        sink_parts,
         **call.tensors(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
         **call.weights(query_features),
         stats=stats,
         dphi=dphi_q,
         passed=passed,
-        dsink_k=parts[0],
-        dsink_v=parts[1],
     )
     if far:
         sums, norms = call.chunk_sums(q, dout, query_features, call.group, (stats[2], passed[2]))
@@ -206,8 +209,8 @@ def near_far_backward(
         dv_far=dv_far,
     )
     if sinks:
-        for part, dx in zip(parts, (dk, dv)):
-            call.add_sinks(part, dx, tiles)
+        call.add_sinks(parts["dsink_k"], dk)
+        call.add_sinks(parts["dsink_v"], dv)
     if problem.features == "hedgehog":
         assert dphi_q is not None
         assert dphi_k is not None
@@ -236,9 +239,13 @@ class _Call:
         else:
             self.precision = "ieee"
 
-    def blocks(self, kernel: Any, **changes: Any) -> Blocks:
-        """The kernel's blocks at these sizes."""
-        key = {
+    def blocks(self, kernel: Any, **changes: Any) -> list[Blocks]:
+        """The kernel's blocks at these sizes, by preference."""
+        return candidates(kernel.__name__, self.key() | changes, self.target)
+
+    def key(self) -> dict[str, Any]:
+        """What blocks are chosen by."""
+        return {
             "dtype": self.q.dtype,
             "head_dim": self.head_dim,
             "value_dim": self.value_dim,
@@ -248,31 +255,43 @@ class _Call:
             "group": self.group,
             "sinks": self.problem.sinks,
         }
-        return blocks_of(kernel.fn.__name__, key | changes, self.target)
 
-    def run(self, kernel: Any, axis: str, **arguments: Any) -> None:
-        """Launch with these arguments, and of the sizes and blocks those that the kernel takes.
+    def run(
+        self, kernel: Any, axis: str, make: Callable[[Blocks], dict[str, Tensor]] | None = None, **arguments: Any
+    ) -> dict[str, Any]:
+        """Launch with these arguments, and of the sizes and blocks those that the kernel takes; returns them all.
 
         axis: what the programs are: tiles of "queries" or "keys" of a chunk, or parts of a chunk's sums ("chunks").
+        make: further arguments, whose shapes depend on the blocks.
         """
-        problem = self.problem
         group = arguments.get("GROUP", self.group)
-        blocks = self.blocks(kernel, group=group)
-        constants = blocks.constants
-        arguments = {**self.sizes(), **constants, **arguments}
+        named: dict[str, Any] = {}
+
+        def run_with(blocks: Blocks) -> None:
+            named.update(self.sizes() | blocks.constants | arguments)
+            if make is not None:
+                named.update(make(blocks))
+            if axis != "keys":  # whether no tile has rows of two heads
+                named["ONE_HEAD"] = group == 1 or self.problem.window % blocks.constants["BLOCK_M"] == 0
+            taken = {name: named[name] for name in kernel.arg_names}
+            grid = self.grid(axis, blocks.constants)
+            launch(kernel, grid, taken, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+
+        key = self.key() | {"group": group}
+        launch_best(
+            (kernel.__name__, self.problem.mix, *key.values()), self.blocks(kernel, group=group), run_with, self.q
+        )
+        return named
+
+    def grid(self, axis: str, constants: dict[str, int]) -> tuple[int, ...]:
+        """Programs of a launch; see `run`."""
+        count, problem = self.rows.count, self.problem
         if axis == "keys":
-            grid = (self.rows.count * -(-problem.window // constants["BLOCK_N"]), self.kv_heads)
-        elif axis == "queries":
-            grid = (self.rows.count * self.tiles(constants["BLOCK_M"]), self.kv_heads)
-        else:
-            halves = 2 if problem.features == "hedgehog" else -(-self.num_features // constants["BLOCK_F"])
-            splits = halves * -(-self.value_dim // constants["BLOCK_V"])
-            grid = (self.rows.count, self.kv_heads, splits)
-        if axis != "keys":  # whether no tile has rows of two heads
-            arguments["ONE_HEAD"] = group == 1 or problem.window % constants["BLOCK_M"] == 0
-        names = kernel.arg_names
-        arguments = {name: arguments[name] for name in names}
-        launch(kernel, grid, arguments, num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+            return count * -(-problem.window // constants["BLOCK_N"]), self.kv_heads
+        if axis == "queries":
+            return count * self.tiles(constants["BLOCK_M"]), self.kv_heads
+        halves = 2 if problem.features == "hedgehog" else -(-self.num_features // constants["BLOCK_F"])
+        return count, self.kv_heads, halves * -(-self.value_dim // constants["BLOCK_V"])
 
     def sizes(self) -> dict[str, Any]:
         """Every size and constant, by the kernels' names."""
@@ -393,9 +412,9 @@ class _Call:
         launch(prefix_sums, grid, arguments, num_warps=4, num_stages=3)
         return before, before if kept is None else kept
 
-    def add_sinks(self, parts: Tensor, dx: Tensor, tiles: int) -> None:
-        """The sinks' gradients into dx."""
-        size = parts.shape[-1]
+    def add_sinks(self, parts: Tensor, dx: Tensor) -> None:
+        """The sinks' gradients, in parts (P, tiles, K, S, size), into dx."""
+        tiles, size = parts.shape[1], parts.shape[-1]
         arguments = {
             "parts": parts,
             "sequences": self.rows.sequences,
