@@ -26,6 +26,7 @@ __all__ = [
     "mix_near_far",
     "near_chunked",
     "near_far_chunked",
+    "near_far_rows",
     "pad_to_chunks",
     "positions",
     "softmax_lse",
@@ -56,30 +57,64 @@ def near_far_chunked(
     q_rows, k_rows, v_rows = pack_rows(mask, q, k, v)
     sink_k, sink_v = k_rows[:, :, :sinks], v_rows[:, :, :sinks]
     q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q_rows, k_rows, v_rows))
+    if mix_logit is not None and mix_logit.ndim == 3:
+        (mix_rows,) = pack_rows(mask, mix_logit[..., None])
+        mix_logit = pad_to_chunks(mix_rows, window).squeeze(-1)
+    rows = (q_rows, k_rows, v_rows, sink_k, sink_v)
+    out, _ = near_far_rows(*rows, mixer, mix_logit, window=window, mix=mix, scale=scale)
+    return unpack_rows(mask, out[:, :, :length])
+
+
+def near_far_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    mixer: Mixer | None = None,
+    mix_logit: Tensor | None = None,
+    *,
+    window: int,
+    mix: str = "normalizer",
+    scale: float | None = None,
+    start: int | Tensor = 0,
+    state: State | None = None,
+    keep: int | Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """`near_chunked`, `far_chunked` and `mix_near_far` in one pass, so that near and far are never whole tensors.
+
+    Arguments as there; `keep` is the chunk, counted from `start` and below N, before which the state is wanted
+    afterwards: one a batch (int), one a row (B,), or None for no state.
+    Returns o (B, H, T, V) in q's dtype and that state, without gradient; None without `keep` or a mixer.
+    """
+    kv_heads, sinks = k.shape[1], sink_k.shape[2]
+    near = _Near(sink_k, sink_v, window, scale, start)
     logits: Tensor | None = None
     if mixer is not None and mix_logit is not None:
         logits = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).expand(q.shape[:3])[..., None]
-        logits = pad_to_chunks(pack_rows(mask, logits)[0], window)
-    near = _Near(sink_k, sink_v, window, scale)
+    kept: State | None = None
 
     def blocks() -> Iterator[tuple[Tensor]]:
-        state = None if mixer is None else mixer.empty_state(k, v)
-        for first, q_block, k_block, v_block, logit in _blocks(window, sinks, q_rows, k_rows, v_rows, logits):
+        nonlocal kept
+        before = mixer.empty_state(k, v) if mixer is not None and state is None else state
+        for first, q_block, k_block, v_block, logit in _blocks(window, sinks, q, k, v, logits):
             out, lse = near(q_block, k_block, v_block, first)
-            if mixer is not None and state is not None:
+            if mixer is not None and before is not None:
                 # Chunk c reads what was known before chunk c - 1. So what the block adds to the state are the chunks
                 # that stand one to the left of its own.
-                phi_k = _kept_features(mixer, k_block[:, :, :-window], window, sinks, first=first - 1)
-                states = mixer.scan(state, phi_k, v_block[:, :, :-window].unflatten(2, (-1, window)))
-                state = State(states.s[:, :, -1], states.z[:, :, -1])
-                phi_q = _fold_group(mixer.query_features(q_block), k.shape[1], window)
+                phi_k = _kept_features(mixer, k_block[:, :, :-window], window, sinks, start, first - 1)
+                states = mixer.scan(before, phi_k, v_block[:, :, :-window].unflatten(2, (-1, window)))
+                before = State(states.s[:, :, -1], states.z[:, :, -1])
+                phi_q = _fold_group(mixer.query_features(q_block), kv_heads, window)
                 far, log_mass = mixer.read(State(states.s[:, :, :-1], states.z[:, :, :-1]), phi_q)
-                folded = None if logit is None else _fold_group(logit, k.shape[1], window).squeeze(-1)
+                folded = None if logit is None else _fold_group(logit, kv_heads, window).squeeze(-1)
                 out = mix_near_far(out, lse, far, log_mass, folded, mix)
+                if keep is not None:
+                    kept = _kept_state(kept, states, keep - first + 1)
             yield (out,)
 
-    (out,) = _unfolded(blocks(), q_rows, window, q.dtype)
-    return unpack_rows(mask, out[:, :, :length])
+    (out,) = _unfolded(blocks(), q, window, q.dtype)
+    return out, kept
 
 
 def near_chunked(
@@ -285,6 +320,19 @@ def _kept_features(mixer: Mixer, k: Tensor, window: int, sinks: int, start: int 
         kept = (row >= 0) & (positions(start, 1, k.device) + row >= sinks)
         phi_k = phi_k * kept.to(phi_k.dtype)[:, None, :, None]
     return phi_k.unflatten(2, (-1, window))
+
+
+def _kept_state(kept: State | None, states: State, index: int | Tensor) -> State | None:
+    """The state at `index` (an int, or one a row) of those stacked in dimension 2, or `kept` where it is not there."""
+    count = states.z.shape[2]
+    if isinstance(index, int):
+        return State(*(x[:, :, index].detach().clone() for x in states)) if 0 <= index < count else kept
+    row = torch.arange(len(index), device=index.device)
+    found = State(*(x.detach()[row, :, index.clamp(0, count - 1)] for x in states))
+    if kept is None:
+        return found
+    here = ((index >= 0) & (index < count))[:, None, None]
+    return State(torch.where(here[..., None], found.s, kept.s), torch.where(here, found.z, kept.z))
 
 
 def _block_chunks(q: Tensor, window: int, sinks: int) -> int | None:
