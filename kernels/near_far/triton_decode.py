@@ -69,29 +69,30 @@ def decode_prepare(
     V: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PROJECT_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     FOLD_N: tl.constexpr,
     FOLD_D: tl.constexpr,
     FOLD_F: tl.constexpr,
     FOLD_V: tl.constexpr,
+    FOLD_SHARE: tl.constexpr,
     FEATURE_DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The first `folds` programs fold, the others project queries.
 
-    Fold: programs of (row, key head, block of V). Project: of (block of rows, head, block of columns).
+    Fold: programs of (row, key head, share of V). Project: of (block of rows, head, block of columns).
     """
     pid = tl.program_id(0)
     if pid < folds:
-        blocks: tl.constexpr = (V + FOLD_V - 1) // FOLD_V
+        parts: tl.constexpr = (V + FOLD_SHARE - 1) // FOLD_SHARE
         _fold_chunk(
-            pid // blocks, pid % blocks, near_k, near_v, key_weight, state_s, state_z, lengths, KV_HEADS, WINDOW, SINKS,
-            D, V, HALF, FOLD_N, FOLD_D, FOLD_F, FOLD_V, FEATURE_DOT, ACC,
+            pid // parts, pid % parts, near_k, near_v, key_weight, state_s, state_z, lengths, KV_HEADS, WINDOW, SINKS,
+            D, V, HALF, FOLD_N, FOLD_D, FOLD_F, FOLD_V, FOLD_SHARE, FEATURE_DOT, ACC,
         )  # fmt: skip
     else:
         _project_queries(
-            pid - folds, q, query_weight, projected, q_row, q_head, batch, HEADS, D, HALF, ROWS, BLOCK_D, BLOCK_P,
+            pid - folds, q, query_weight, projected, q_row, q_head, batch, HEADS, D, HALF, ROWS, PROJECT_D, BLOCK_P,
             FEATURE_DOT, ACC,
         )  # fmt: skip
 
@@ -109,7 +110,7 @@ def _project_queries(
     D: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PROJECT_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     FEATURE_DOT: tl.constexpr,
     ACC: tl.constexpr,
@@ -117,31 +118,27 @@ def _project_queries(
     """projected[b, h, f] = q[b, h] . W[h, :, f] for ROWS rows of one head: a tile of W serves them all."""
     columns: tl.constexpr = (HALF + BLOCK_P - 1) // BLOCK_P
     head = (pid // columns) % HEADS
-    first = (pid // (columns * HEADS)) * ROWS
-    f = (pid % columns) * BLOCK_P + tl.arange(0, BLOCK_P)
-    d = tl.arange(0, BLOCK_D)
-    w = tl.load(
-        weight + head * D * HALF + d[:, None] * HALF + f[None, :],
-        mask=(d[:, None] < D) & (f[None, :] < HALF),
-        other=0.0,
-    ).to(ACC)
-    if ROWS == 1:
-        row = first.to(tl.int64)
-        x = tl.load(q + row * q_row + head * q_head + d, mask=d < D, other=0.0).to(ACC)
-        p = tl.sum(x[:, None] * w, 0)
-        tl.store(projected + (row * HEADS + head) * HALF + f, p, mask=f < HALF)
-    else:
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        there = (rows < batch)[:, None]
-        x = tl.load(q + rows[:, None] * q_row + head * q_head + d[None, :], mask=there & (d[None, :] < D), other=0.0)
-        p = tl.dot(x.to(ACC), w, input_precision=FEATURE_DOT, out_dtype=ACC)
-        tl.store(projected + (rows[:, None] * HEADS + head) * HALF + f[None, :], p, mask=there & (f[None, :] < HALF))
+    rows = ((pid // (columns * HEADS)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    there = (rows < batch)[:, None]
+    f = (pid % columns) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    p = tl.zeros((ROWS, BLOCK_P), ACC)
+    for begin in range(0, D, PROJECT_D):
+        d = begin + tl.arange(0, PROJECT_D)
+        inside = (d[:, None] < D) & (f < HALF)
+        w = tl.load(weight + head * D * HALF + d[:, None] * HALF + f, mask=inside, other=0.0).to(ACC)
+        at = rows[:, None] * q_row + head * q_head + d[None, :]
+        x = tl.load(q + at, mask=there & (d[None, :] < D), other=0.0).to(ACC)
+        if ROWS == 1:
+            p += tl.sum(tl.trans(x) * w, 0)[None, :]
+        else:
+            p += tl.dot(x, w, input_precision=FEATURE_DOT, out_dtype=ACC)
+    tl.store(projected + (rows[:, None] * HEADS + head) * HALF + f, p, mask=there & (f < HALF))
 
 
 @triton.jit
 def _fold_chunk(
     owner,
-    block,
+    part,
     near_k,
     near_v,
     weight,
@@ -158,25 +155,23 @@ def _fold_chunk(
     FOLD_D: tl.constexpr,
     FOLD_F: tl.constexpr,
     FOLD_V: tl.constexpr,
+    FOLD_SHARE: tl.constexpr,
     FEATURE_DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """s += phi_k^T v and z += sum phi_k over chunk c - 2 without sinks, if the row's next token begins chunk c >= 2.
 
-    A program has all features, whose softmax needs them all, and FOLD_V columns of v.
+    A program has FOLD_SHARE columns of v and all features, whose softmax needs them all.
     """
     position = tl.load(lengths + owner // KV_HEADS)
     chunk = position // WINDOW
     if (position % WINDOW == 0) & (chunk >= 2):
         f = tl.arange(0, FOLD_F)
-        e = block * FOLD_V + tl.arange(0, FOLD_V)
         w = weight + (owner % KV_HEADS) * D * HALF
         keys = near_k + owner.to(tl.int64) * (2 * WINDOW * D)
         values = near_v + owner.to(tl.int64) * (2 * WINDOW * V)
-        s_plus = tl.zeros((FOLD_F, FOLD_V), ACC)
-        s_minus = tl.zeros((FOLD_F, FOLD_V), ACC)
-        z_plus = tl.zeros((FOLD_F,), ACC)
-        z_minus = tl.zeros((FOLD_F,), ACC)
+        s = state_s + owner.to(tl.int64) * (2 * HALF * V)
+        z = state_z + owner * (2 * HALF)
         for first in range(0, WINDOW, FOLD_N):
             i = first + tl.arange(0, FOLD_N)
             slot = (chunk % 2) * WINDOW + i
@@ -184,33 +179,28 @@ def _fold_chunk(
             p = tl.zeros((FOLD_N, FOLD_F), ACC)
             for begin in range(0, D, FOLD_D):
                 d = begin + tl.arange(0, FOLD_D)
-                k = tl.load(
-                    keys + slot[:, None] * D + d[None, :], mask=stored[:, None] & (d[None, :] < D), other=0.0
-                ).to(ACC)
-                columns = tl.load(
-                    w + d[:, None] * HALF + f[None, :], mask=(d[:, None] < D) & (f[None, :] < HALF), other=0.0
-                ).to(ACC)
+                there = stored[:, None] & (d[None, :] < D)
+                k = tl.load(keys + slot[:, None] * D + d[None, :], mask=there, other=0.0).to(ACC)
+                there = (d[:, None] < D) & (f[None, :] < HALF)
+                columns = tl.load(w + d[:, None] * HALF + f[None, :], mask=there, other=0.0).to(ACC)
                 p += tl.dot(k, columns, input_precision=FEATURE_DOT, out_dtype=ACC)
-            v = tl.load(values + slot[:, None] * V + e[None, :], mask=stored[:, None] & (e[None, :] < V), other=0.0).to(
-                ACC
-            )
             kept = (stored & (position - 2 * WINDOW + i >= SINKS))[:, None]
-            phi = tl.where(kept, half_of_features(p, 1.0, HALF, FOLD_F), 0.0)
-            s_plus += tl.dot(tl.trans(phi), v, input_precision=FEATURE_DOT, out_dtype=ACC)
-            z_plus += tl.sum(phi, 0)
-            phi = tl.where(kept, half_of_features(p, -1.0, HALF, FOLD_F), 0.0)
-            s_minus += tl.dot(tl.trans(phi), v, input_precision=FEATURE_DOT, out_dtype=ACC)
-            z_minus += tl.sum(phi, 0)
-        inside = (f[:, None] < HALF) & (e[None, :] < V)
-        s = state_s + owner.to(tl.int64) * (2 * HALF * V) + f[:, None] * V + e[None, :]
-        s_plus += tl.load(s, mask=inside, other=0.0).to(ACC)
-        tl.store(s, s_plus.to(state_s.dtype.element_ty), mask=inside)
-        s_minus += tl.load(s + HALF * V, mask=inside, other=0.0).to(ACC)
-        tl.store(s + HALF * V, s_minus.to(state_s.dtype.element_ty), mask=inside)
-        once = (f < HALF) & (block == 0)
-        z = state_z + owner * (2 * HALF) + f
-        tl.store(z, z_plus + tl.load(z, mask=once, other=0.0), mask=once)
-        tl.store(z + HALF, z_minus + tl.load(z + HALF, mask=once, other=0.0), mask=once)
+            once = (f < HALF) & (part == 0)
+            for minus in tl.static_range(2):
+                phi = tl.where(kept, half_of_features(p, 1.0 - 2.0 * minus, HALF, FOLD_F), 0.0)
+                z_at = z + minus * HALF + f
+                tl.store(z_at, tl.load(z_at, mask=once, other=0.0) + tl.sum(phi, 0), mask=once)
+                phi = tl.trans(phi)
+                for begin in range(part * FOLD_SHARE, tl.minimum((part + 1) * FOLD_SHARE, V), FOLD_V):
+                    e = begin + tl.arange(0, FOLD_V)[None, :]
+                    v = tl.load(values + slot[:, None] * V + e, mask=stored[:, None] & (e < V), other=0.0).to(ACC)
+                    s_at = s + (minus * HALF + f)[:, None] * V + e
+                    inside = (f[:, None] < HALF) & (e < V)
+                    total = tl.load(s_at, mask=inside, other=0.0).to(ACC)
+                    total += tl.dot(phi, v, input_precision=FEATURE_DOT, out_dtype=ACC)
+                    tl.store(s_at, total.to(state_s.dtype.element_ty), mask=inside)
+            # The next keys add to what was stored here, perhaps by other threads.
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -327,12 +317,12 @@ def decode_step(
             state_s += owner.to(tl.int64) * (2 * HALF * V)
             state_z += owner * (2 * HALF)
             rows = projected + lane[:, None] * HALF
-            f = tl.arange(0, BLOCK_HALF)[None, :]
-            every = tl.load(rows + f, mask=live[:, None] & (f < HALF), other=0.0)
-            plus = tl.where(f < HALF, every, -float("inf"))
+            all_f = tl.arange(0, BLOCK_HALF)[None, :]
+            every = tl.load(rows + all_f, mask=live[:, None] & (all_f < HALF), other=0.0)
+            plus = tl.where(all_f < HALF, every, -float("inf"))
             plus_top = tl.max(plus, 1)
             plus_sum = tl.sum(tl.exp(plus - plus_top[:, None]), 1)
-            minus = tl.where(f < HALF, -every, -float("inf"))
+            minus = tl.where(all_f < HALF, -every, -float("inf"))
             minus_top = tl.max(minus, 1)
             minus_sum = tl.sum(tl.exp(minus - minus_top[:, None]), 1)
             for first in range(split * FEATURE_SHARE, tl.minimum((split + 1) * FEATURE_SHARE, HALF), BLOCK_F):
@@ -481,10 +471,12 @@ class Blocks:
     BLOCK_HALF: int
     ROWS: int
     BLOCK_P: int
+    PROJECT_D: int
     FOLD_N: int
     FOLD_D: int
     FOLD_F: int
     FOLD_V: int
+    FOLD_SHARE: int
 
 
 def decode_blocks(
@@ -498,10 +490,11 @@ def decode_blocks(
     head_dim: int,
     value_dim: int,
     half: int,
+    element_bytes: int,
     splits: int | None = None,
 ) -> Blocks:
-    """What a step of this shape runs with. half: features of one sign, 0 without a state; splits: instead of the
-    chosen number, a power of two."""
+    """What a step of this shape runs with. half: features of one sign, 0 without a state; element_bytes: of the
+    inputs; splits: instead of the chosen number, a power of two."""
     block_g = 16
     tiles = triton.cdiv(group, block_g)
     if splits is None:
@@ -517,11 +510,15 @@ def decode_blocks(
 
     tests = target is INTERPRETER  # small blocks, so that every loop turns
     block_d, block_v = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
-    wide = max(block_d, block_v) > 128
-    slot_share, block_n = share_and_block(2 * window, 16 if tests else 32 if wide else 64)
+    # A tile of keys or values has at most 8 KiB, so that registers hold what is made of it.
+    rows = 8192 // (max(block_d, block_v) * element_bytes)
+    slot_share, block_n = share_and_block(2 * window, 16 if tests else max(16, min(64, rows)))
     sink_share, block_s = share_and_block(sinks, 16 if tests else 32)
-    feature_share, block_f = share_and_block(half, 16 if tests or block_v > 128 else 32)
+    feature_share, block_f = share_and_block(half, 16 if tests or block_v > 128 or element_bytes > 2 else 32)
     fold_f = max(16, triton.next_power_of_2(half))
+    # Every program that folds computes all features of the chunk: several a key head only where few have work.
+    fold_v = min(block_v, 16 if tests else 32)
+    fold_share = fold_v * triton.cdiv(block_v, fold_v * max(1, PROGRAMS // max(1, 2 * batch * kv_heads)))
     return Blocks(
         SPLITS=splits,
         TILES=tiles,
@@ -537,10 +534,12 @@ def decode_blocks(
         BLOCK_HALF=fold_f,
         ROWS=1 if batch <= 1 else 16,
         BLOCK_P=16 if tests else 32,
-        FOLD_N=16 if tests else 32,
+        PROJECT_D=min(block_d, 16 if tests else 128 if batch <= 1 else 64),
+        FOLD_N=16 if tests else max(16, min(32 if fold_f <= 128 else 16, triton.next_power_of_2(window))),
         FOLD_D=min(block_d, 16 if tests else 32),
         FOLD_F=fold_f,
-        FOLD_V=min(block_v, 16 if tests else 32),
+        FOLD_V=fold_v,
+        FOLD_SHARE=fold_share,
     )
 
 
@@ -601,7 +600,7 @@ def triton_step(
     dtype = accumulation_dtype(q)
     blocks = decode_blocks(
         target, batch=batch, kv_heads=kv_heads, group=heads // kv_heads, window=window, sinks=sinks, head_dim=head_dim,
-        value_dim=value_dim, half=half, splits=splits,
+        value_dim=value_dim, half=half, element_bytes=q.element_size(), splits=splits,
     )  # fmt: skip
     wide = q.dtype in (torch.float32, torch.float64)
     common = {"ACC": tl.float64 if dtype == torch.float64 else tl.float32}
@@ -610,9 +609,9 @@ def triton_step(
     projected = None
     if isinstance(mixer, Hedgehog):
         projected = q.new_empty(batch, heads, half, dtype=dtype)
-        folds = batch * kv_heads * triton.cdiv(value_dim, blocks.FOLD_V)
+        folds = batch * kv_heads * triton.cdiv(value_dim, blocks.FOLD_SHARE)
         projects = triton.cdiv(batch, blocks.ROWS) * heads * triton.cdiv(half, blocks.BLOCK_P)
-        names = ("ROWS", "BLOCK_D", "BLOCK_P", "FOLD_N", "FOLD_D", "FOLD_F", "FOLD_V")
+        names = ("ROWS", "PROJECT_D", "BLOCK_P", "FOLD_N", "FOLD_D", "FOLD_F", "FOLD_V", "FOLD_SHARE")
         launch(
             decode_prepare,
             (folds + projects,),
@@ -625,7 +624,7 @@ def triton_step(
                 "FEATURE_DOT": "tf32x3" if target.backend == "cuda" and not wide else "ieee",
                 **shape, **common, **{name: getattr(blocks, name) for name in names},
             },
-            num_warps=8 if half > 64 else 4,
+            num_warps=4,
             num_stages=1,
         )  # fmt: skip
 
@@ -659,7 +658,7 @@ def triton_step(
             "GROUP": heads // kv_heads, "STATE_DOT": "ieee" if wide or target.backend == "hip" else "tf32",
             **shape, **last, **{name: getattr(blocks, name) for name in names},
         },
-        num_warps=4,
+        num_warps=8 if blocks.BLOCK_V * q.element_size() > 512 else 4,
         num_stages=2,
     )  # fmt: skip
     if blocks.SPLITS > 1:
