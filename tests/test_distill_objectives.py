@@ -378,8 +378,8 @@ class TestWeights:
         with pytest.raises(LinearizeError) as error:
             weights_loss(seen)
         assert str(error.value) == (
-            "transfer.objective: 'weights' needs weights phi_q.phi_k, and mixer 'hedgehog' has others; use 'decomposed' "
-            "or 'output'"
+            "transfer.objective: 'weights' needs weights phi_q.phi_k, and mixer 'hedgehog' has others; use "
+            "'decomposed' or 'output'"
         )
         decomposed_loss(seen).backward()
 

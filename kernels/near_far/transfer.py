@@ -74,6 +74,9 @@ def split_attention(
     if kernels := _kernels("split_attention", backend, q, v):
         return kernels.split_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     length = q.shape[2]
+    if not q.numel():
+        empty = q.new_empty(*q.shape[:3], v.shape[-1], dtype=accumulation_dtype(q))
+        return empty, empty[..., 0], empty, empty[..., 0]
     sink_k, sink_v = k[:, :, :sinks], v[:, :, :sinks]
     q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q, k, v))
     near, near_lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale)
@@ -328,6 +331,10 @@ def _check(name: str, q: Tensor, window: int, sinks: int, **tensors: tuple[Tenso
         need(
             x.ndim == 4 and x.shape[0] == q.shape[0] and x.shape[: len(wanted)] == wanted,
             f"{key} has shape {tuple(x.shape)}; it needs {wanted}{'' if size else ' and a size'}",
+        )
+        need(
+            key not in ("k", "v") or x.dtype == q.dtype,
+            f"{key} is {x.dtype} but q is {q.dtype}; convert them to one dtype",
         )
         need(x.device == q.device, f"{key} is on {x.device} but q is on {q.device}; move them to one device")
     kv_heads = tensors["k"][0].shape[1]
