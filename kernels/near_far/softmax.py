@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .chunked import exponentials
+from .chunked import softmax_lse
 from .mixers import accumulation_dtype
 
 __all__ = ["softmax_attention"]
@@ -29,9 +29,8 @@ def softmax_attention(
         last = min(first + block, length)
         part = queries[:, :, :, first:last].flatten(2, 3)
         logits = (part @ k[:, :, :last].transpose(-1, -2)).unflatten(2, (-1, last - first))
-        hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu(1)
-        logits[..., first:].masked_fill_(hidden, -torch.inf)
-        weights, total, lse = exponentials(logits)
-        outs.append((weights.flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, last - first)) / total)
-        lses.append(lse.squeeze(-1))
+        logits[..., first:] += torch.full((last - first, last - first), -torch.inf, device=q.device).triu(1)
+        weights, lse = softmax_lse(logits)
+        outs.append((weights.flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, last - first)))
+        lses.append(lse)
     return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
