@@ -260,6 +260,32 @@ def bench_decode(
         print_bench(bench_model(model, base, options | {"max_minutes": minutes}, file, dtype, device, seed))
 
 
+@bench_app.command("compile", cls=PlainCommand)
+def bench_compile(
+    targets: Annotated[str | None, typer.Option(help="Among sm_80, sm_90, gfx942; all if left out.")] = None,
+    models: Annotated[str | None, typer.Option(help="Among those of the table; all if left out.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="For compile.md and compile.json.")] = Path(
+        "benchmarks/results"
+    ),
+) -> None:
+    """Compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory, bounds of time.
+
+    Exit status 1 where a kernel spills, needs too much shared memory, misses the tensor cores or does not compile.
+
+    Example: linearize bench compile --targets sm_90 --out compiled
+    """
+    from linearize.benchmarks.compile import bench_compile as compile_kernels
+
+    names = [None if text is None else [name.strip() for name in text.split(",")] for text in (targets, models)]
+    done = compile_kernels(out, names[0], names[1])
+    for row in done:
+        for problem in row.resources.problems:
+            note(f"{row.target.name}, {row.case.model}, W {row.case.window}, {row.case.kernel}: {problem}")
+    print(out / "compile.md")
+    if any(row.resources.problems for row in done):
+        raise typer.Exit(1)
+
+
 @app.command(cls=PlainCommand)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder: evaluate.json, bench.json, ...")],

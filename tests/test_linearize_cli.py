@@ -29,6 +29,7 @@ COMMANDS = (
     ["run"],
     ["evaluate"],
     ["bench", "decode"],
+    ["bench", "compile"],
     ["report"],
     ["generate"],
 )
