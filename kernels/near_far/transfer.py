@@ -1,6 +1,6 @@
 """What attention transfer measures, streamed: softmax attention split into near and far, and the divergence of the
-student's far weights from the teacher's. Both visit every key of a query once and hold a block of queries by T keys
-at most, never a T x T map.
+student's far weights from the teacher's. Both visit every key of a query once and hold one tile of queries by keys at
+a time, never a T x T map.
 
 For a query t in chunk c = t // W and keys i <= t, as in the module `reference`:
 
@@ -20,8 +20,8 @@ query that log-sum-exps give; `far_divergence` is that sum. KL(a || s) is the cr
 teacher's entropy, so it is 0 where they are equal, and has the same gradient.
 
 Rows hold their real tokens first (`pack.pack_rows`): a padded key is then in no real query's past.
-Source: attention transfer by cross-entropy of maps, Zhang et al. 2024 (arXiv 2402.04347), section 4.2; log-sum-exps
-instead of maps, flash attention (arXiv 2205.14135). Shape legend as in `chunked`.
+Source: attention transfer by cross-entropy of maps, Zhang et al. 2024 (arXiv 2402.04347); log-sum-exps instead of
+maps, flash attention (arXiv 2205.14135). Shape legend as in `chunked`.
 """
 
 from collections.abc import Iterator
