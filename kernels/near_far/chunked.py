@@ -54,6 +54,10 @@ def near_far_chunked(
     from .pack import pack_rows, unpack_rows
 
     length = q.shape[2]
+    if mask is not None:
+        # A padding token's weight is 0, but 0 times NaN is NaN.
+        padding = ~mask.bool()[:, None, :, None]
+        q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
     q_rows, k_rows, v_rows = pack_rows(mask, q, k, v)
     sink_k, sink_v = k_rows[:, :, :sinks], v_rows[:, :, :sinks]
     q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q_rows, k_rows, v_rows))
