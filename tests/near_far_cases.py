@@ -2,7 +2,7 @@
 
 import torch
 
-from linearize.kernels.near_far import Hedgehog, Mixer
+from linearize.kernels.near_far import Hedgehog, Memory, Mixer, near_far_step
 
 FAR = ("none", "normalizer", "gate", "one a head")
 MIXES = ("normalizer", "gate")
@@ -116,3 +116,23 @@ class Functional(Mixer):
 
     def key_features(self, k):
         return self._features(k, "key_weight")
+
+
+def in_steps(pieces, q, k, v, mixer, mix_logit, mask=None, memory=None, **options):
+    """All outputs of near_far_step over pieces of these lengths, and the last memory."""
+    if memory is None:
+        memory = Memory.empty(k, v, mixer, window=options["window"], sinks=options["sinks"])
+    out, done = [], 0
+    for piece in pieces:
+        part = slice(done, done + piece)
+        new = None if mask is None else mask[:, part]
+        if new is not None and bool(new.all()):
+            new = None
+        logit = mix_logit[:, :, part] if mix_logit is not None and mix_logit.ndim == 3 else mix_logit
+        step, memory = near_far_step(
+            q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, logit, mask=new, **options
+        )
+        out.append(step)
+        done += piece
+    assert done == q.shape[2]
+    return torch.cat(out, dim=2), memory

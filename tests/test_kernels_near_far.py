@@ -21,7 +21,18 @@ from linearize.kernels.near_far import (
 )
 from linearize.kernels.near_far.chunked import near_far_chunked
 from tests.cost import LargestTensor, flops, growth_of_time, peak_bytes
-from tests.near_far_cases import FAR, MIXES, PADDING, Functional, by_hand, far_options, hedgehog, make_inputs, make_mask
+from tests.near_far_cases import (
+    FAR,
+    MIXES,
+    PADDING,
+    Functional,
+    by_hand,
+    far_options,
+    hedgehog,
+    in_steps,
+    make_inputs,
+    make_mask,
+)
 from tests.tolerance import assert_near, worst
 
 # batch, H, K, T, D, V, W, S, feature_dim
@@ -191,26 +202,6 @@ class TestGradients:
             return near_far_attention(q, k, v, chosen, logit, window=2, sinks=1, mix=mix, mask=mask, backend=backend)
 
         assert torch.autograd.gradcheck(run, (q, k, v, mix_logit, *mixer.parameters()))
-
-
-def in_steps(pieces, q, k, v, mixer, mix_logit, mask=None, memory=None, **options):
-    """All outputs of near_far_step over pieces of these lengths, and the last memory."""
-    if memory is None:
-        memory = Memory.empty(k, v, mixer, window=options["window"], sinks=options["sinks"])
-    out, done = [], 0
-    for piece in pieces:
-        part = slice(done, done + piece)
-        new = None if mask is None else mask[:, part]
-        if new is not None and bool(new.all()):
-            new = None
-        logit = mix_logit[:, :, part] if mix_logit is not None and mix_logit.ndim == 3 else mix_logit
-        step, memory = near_far_step(
-            q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, logit, mask=new, **options
-        )
-        out.append(step)
-        done += piece
-    assert done == q.shape[2]
-    return torch.cat(out, dim=2), memory
 
 
 def piece_lengths(kind, length, window):
@@ -584,6 +575,7 @@ class TestInterface:
         # The step takes the same, with the memory after the inputs.
         step = list(inspect.signature(near_far_step).parameters.values())
         assert step.pop(3).name == "memory"
+        assert step.pop().name == "backend"
         assert step == list(reference.parameters.values())
 
     def test_auto_is_the_chunked_form_here(self):

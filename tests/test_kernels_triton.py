@@ -13,7 +13,7 @@ from torch import Tensor
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import Hedgehog, near_far_attention, near_far_reference
 from linearize.kernels.near_far.ops import far_read
-from tests.near_far_cases import FAR, Functional, far_options, make_inputs, make_mask
+from tests.near_far_cases import FAR, Functional, far_options, in_steps, make_inputs, make_mask
 from tests.tolerance import worst
 
 pytestmark = pytest.mark.interpret
@@ -516,3 +516,54 @@ class TestOperators:
                 results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
             for actual, expected in zip(*results, strict=True):
                 assert worst(actual.cpu(), expected.cpu()) <= 1e-5 * max(float(expected.abs().max()), 1.0)
+
+
+class TestSteps:
+    """Prefill, in one piece or several, with what is remembered between them."""
+
+    @pytest.mark.parametrize("padding", ["full", "left", "holes"])
+    @pytest.mark.parametrize("far", FAR)
+    @pytest.mark.parametrize("pieces", [(43,), (9, 1, 20, 3, 10), (8, 8, 16, 11)], ids=str)
+    def test_equals_the_full_form(self, pieces, far, padding, device):
+        shape = (2, 4, 2, 43, 16, 16, 4, 3, 8)
+        q, k, v, *rest = make_inputs(shape, torch.float32)
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": 4, "sinks": 3, "mix": mix}
+        mask = make_mask(padding, 2, 43)
+        expected = near_far_attention(q, k, v, mixer, mix_logit, mask=mask, **options)
+        place = [x.to(device) for x in (q, k, v)]
+        mixer = None if mixer is None else mixer.to(device)
+        logit = None if mix_logit is None else mix_logit.to(device)
+        moved = None if mask is None else mask.to(device)
+        memories, outs = [], []
+        with torch.no_grad():
+            for backend in ("torch", "triton"):
+                out, memory = in_steps(pieces, *place, mixer, logit, moved, **options, backend=backend)
+                memories.append(memory)
+                outs.append(out.cpu())
+        assert worst(outs[1], expected) <= 2e-5
+        for name in ("near_k", "near_v", "sink_k", "sink_v", "lengths"):
+            assert torch.equal(getattr(memories[0], name), getattr(memories[1], name))
+        if mixer is not None:
+            for a, b in zip(memories[0].state, memories[1].state, strict=True):
+                assert worst(b.cpu(), a.cpu()) <= 1e-4
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_gradients_of_a_first_piece(self, far, device):
+        """Training with a cache, transformers' default, is training; and it remembers the same."""
+        results = []
+        for backend in ("torch", "triton"):
+            q, k, v, *rest = make_inputs((2, 2, 1, 30, 16, 16, 4, 3, 8), torch.float32, grad=True)
+            mixer, mix_logit, mix = far_options(far, *rest)
+            leaves = [q, k, v] if mixer is None else [q, k, v, mix_logit, *mixer.parameters()]
+            place = device if backend == "triton" else torch.device("cpu")
+            moved = None if mixer is None else mixer_on(mixer, place)
+            logit = None if mix_logit is None else mix_logit.to(place)
+            mask = make_mask("left", 2, 30).to(place)
+            out, memory = in_steps(
+                [30], *(x.to(place) for x in (q, k, v)), moved, logit, mask, window=4, sinks=3, mix=mix, backend=backend
+            )
+            state = [] if memory.state is None else [x.cpu() for x in memory.state]
+            results.append([out.detach().cpu(), *gradients(out, leaves), memory.near_k.cpu(), *state])
+        for actual, expected in zip(*reversed(results), strict=True):
+            assert worst(actual, expected) <= 2e-5 * max(float(expected.abs().max()), 1.0)

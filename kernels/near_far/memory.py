@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import choose_backend, log_once
 from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks
-from .mixers import Mixer, State, accumulation_dtype
+from .mixers import Hedgehog, Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
 
 __all__ = ["Memory", "near_far_step"]
@@ -100,16 +101,32 @@ def near_far_step(
     mix: str = "normalizer",
     scale: float | None = None,
     mask: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Memory]:
     """Attention of T >= 1 new tokens that follow those in `memory`, and the memory after them.
 
-    The same numbers that the full form gives at these positions. Shapes of q, k, v, mask as in `near_far_attention`.
-    The returned memory may share storage with the given one, which must not be used again. No gradient flows into
-    earlier calls.
+    The same numbers that the full form gives at these positions. Shapes of q, k, v, mask as in `near_far_attention`;
+    backend: "torch", "triton" or "auto", as there. The returned memory may share storage with the given one, which must
+    not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
+    `triton_decode` where its kernels run.
     """
+    options = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
     if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
-        return _one_token(q, k, v, memory, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale)
-    return _many_tokens(q, k, v, memory, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask)
+        if chosen == "triton" and _steps_in_triton(mixer):
+            from .triton_decode import triton_step
+
+            return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
+        return _one_token(q, k, v, memory, mixer, mix_logit, **options)
+    return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
+
+
+def _steps_in_triton(mixer: Mixer | None) -> bool:
+    """Whether `triton_decode` knows the mixer; what it does not know is logged once."""
+    if mixer is None or type(mixer) is Hedgehog:
+        return True
+    log_once(f"near-and-far decoding runs in PyTorch: the Triton step knows no mixer {type(mixer).__name__}")
+    return False
 
 
 def _many_tokens(
@@ -125,9 +142,16 @@ def _many_tokens(
     mix: str,
     scale: float | None,
     mask: Tensor | None,
+    triton: bool,
 ) -> tuple[Tensor, Memory]:
     """Old chunks and new tokens side by side, in the order of time, in one chunked pass that starts at the row's
     `start`."""
+    # The Triton form of a pass that goes on from a state has no gradient; that of a first pass is the full form's.
+    gradient = torch.is_grad_enabled()
+    first = memory.uniform == 0
+    if triton and gradient and not first:
+        log_once("a pass with gradients that continues a cache runs in PyTorch")
+        triton = False
     new = q.shape[2]
     counts = torch.full_like(memory.lengths, new) if mask is None else mask.sum(-1)
     uniform = memory.uniform if mask is None else None
@@ -148,28 +172,41 @@ def _many_tokens(
             (_turn(memory.near_v, start, window), v_new),
         )
     )
-    out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale, start=start)
-    states = None
-    if mixer is not None:
-        far, log_mass, states = far_chunked(
-            q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=_wide(memory.state)
-        )
-        if mix_logit is not None and mix_logit.ndim == 3:
-            (mix_rows,) = pack_rows(mask, mix_logit[..., None])
-            mix_logit = pad_to_chunks(_append(None, mix_rows, filled, longest), window).squeeze(-1)
-        out = mix_near_far(out, lse, far, log_mass, mix_logit, mix)
-    out = unpack_rows(mask, _rows(out, filled, new)).to(q.dtype)
-
     # What is remembered next: the two chunks that end with the newest token, and the state before them.
     end = lengths if uniform is None else uniform + new
     next_start = _start(end, window)
     skipped = next_start - start
+
+    mix_rows = mix_logit
+    if mix_logit is not None and mix_logit.ndim == 3:
+        (mix_rows,) = pack_rows(mask, mix_logit[..., None])
+        mix_rows = pad_to_chunks(_append(None, mix_rows, filled, longest), window).squeeze(-1)
+    rows = q_rows, k_rows, v_rows, sink_k, sink_v, mixer, mix_rows
     state = None
-    if states is not None:
+    if triton:
+        from .triton_operators import near_far_rows, near_far_triton
+
+        total = (filled + counts).expand_as(memory.lengths)
+        with torch.no_grad():
+            out, state = near_far_rows(
+                *rows, window=window, sinks=sinks, mix=mix, scale=scale, start=start, total=total, skipped=skipped,
+                state=_wide(memory.state), only_state=gradient,
+            )  # fmt: skip
+    else:
+        out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale, start=start)
+        if mixer is not None:
+            far, log_mass, states = far_chunked(
+                q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=_wide(memory.state)
+            )
+            out = mix_near_far(out, lse, far, log_mass, mix_rows, mix)
+            state = State(*(_chunk(x.detach(), skipped, window) for x in states))
+    if triton and gradient:
+        out = near_far_triton(q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask)
+    else:
+        out = unpack_rows(mask, _rows(out, filled, new)).to(q.dtype)
+    if state is not None:
         assert memory.state is not None, "a memory made for a mixer has a state"
-        state = State(
-            *(_chunk(x.detach(), skipped, window).to(old.dtype) for x, old in zip(states, memory.state, strict=True))
-        )
+        state = State(*(x.to(old.dtype) for x, old in zip(state, memory.state, strict=True)))
     near_k, near_v = (
         _turn(_rows(x.detach(), skipped, 2 * window), next_start, window).contiguous() for x in (k_rows, v_rows)
     )
@@ -263,11 +300,11 @@ def _fold(memory: Memory, mixer: Mixer | None, *, window: int, sinks: int) -> No
         return
     assert memory.state is not None, "a memory made for a mixer has a state"
     position: int | Tensor = memory.lengths if memory.uniform is None else memory.uniform
-    due = (position % window == 0) & (position >= 2 * window)
-    if not bool(due.any() if isinstance(due, Tensor) else due):
-        return
     half = torch.arange(window, device=memory.near_k.device)
     if isinstance(position, Tensor):
+        due = (position % window == 0) & (position >= 2 * window)
+        if not bool(due.any()):
+            return
         slots = (position // window % 2 * window)[:, None] + half
         first = position[:, None] - 2 * window
         k, v = (
@@ -277,6 +314,8 @@ def _fold(memory: Memory, mixer: Mixer | None, *, window: int, sinks: int) -> No
         kept = (first + half >= sinks) & due[:, None]
         changed = due[:, None, None, None]
     else:
+        if position % window or position < 2 * window:
+            return
         slot = position // window % 2 * window
         k, v = memory.near_k[:, :, slot : slot + window], memory.near_v[:, :, slot : slot + window]
         kept = (position - 2 * window + half >= sinks)[None]

@@ -27,7 +27,16 @@ from .triton_backward import (
 from .triton_blocks import Blocks, candidates
 from .triton_forward import attention_forward, chunk_sums, prefix_sums
 
-__all__ = ["FarStates", "Problem", "empty_outputs", "far_dtype", "features_of", "near_far_backward", "near_far_forward"]
+__all__ = [
+    "FarStates",
+    "Problem",
+    "empty_outputs",
+    "far_dtype",
+    "far_states",
+    "features_of",
+    "near_far_backward",
+    "near_far_forward",
+]
 
 TL_TYPES = {
     torch.float64: tl.float64,
@@ -83,6 +92,22 @@ def features_of(mixer: Mixer | None, q: Tensor, k: Tensor) -> tuple[str, Tensor 
 def far_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the operands of far products: bfloat16 for float16, whose range sums of many tokens would leave."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def far_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_features: Tensor | None,
+    key_features: Tensor | None,
+    rows: Rows,
+    problem: Problem,
+    initial: tuple[Tensor, Tensor] | None = None,
+) -> FarStates | None:
+    """The states of `near_far_forward` alone; None without features."""
+    if problem.features == "none":
+        return None
+    return _Call(q, k, v, query_features, rows, problem).far_states(k, v, key_features, initial)
 
 
 def near_far_forward(

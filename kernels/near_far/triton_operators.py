@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mixers import Mixer, accumulation_dtype
+from .mixers import Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
-from .rows import Rows, is_contiguous_mask, rows_of_batch, rows_of_documents, rows_of_mask
-from .triton_near_far import Problem, empty_outputs, features_of, near_far_backward, near_far_forward
+from .rows import Rows, is_contiguous_mask, rows_of_batch, rows_of_documents, rows_of_lengths, rows_of_mask
+from .triton_near_far import Problem, empty_outputs, far_states, features_of, near_far_backward, near_far_forward
 
-__all__ = ["far_triton", "near_far_operator", "near_far_triton"]
+__all__ = ["far_triton", "near_far_operator", "near_far_rows", "near_far_triton"]
 
 
 def near_far_triton(
@@ -65,6 +65,57 @@ def far_triton(q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, window: int, si
     rows = rows_of_batch(q.shape[0], q.shape[2], window, sinks, q.device)
     out, stats = _apply(q, k, v, mixer, None, rows, window, sinks, "far", 1.0)
     return out.to(accumulation_dtype(q)), stats[0]
+
+
+def near_far_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    mixer: Mixer | None,
+    mix_logit: Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+    mix: str,
+    scale: float | None,
+    start: int | Tensor,
+    total: Tensor,
+    skipped: int | Tensor,
+    state: State | None,
+    only_state: bool = False,
+) -> tuple[Tensor, State | None]:
+    """A pass that goes on from a state, without gradient: the outputs of all rows' tokens, and a later state.
+
+    q: (B, H, T, D), k, v: (B, K, T, .), T a multiple of W: tokens at positions start .. start + total - 1 of each row
+    (start, a multiple of W, one a row or one for all; total (B,)). sink_k, sink_v: (B, K, S, .). state: all tokens
+    before start that are no sink. Outputs in chunk 0 are right only where start is 0.
+    The state that is returned is that before the chunk `skipped` tokens on, float32; only_state computes nothing else.
+    """
+    batch, heads, length, _ = q.shape
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    like = torch.zeros_like(total, dtype=torch.int32)
+    start, skipped = ((x if isinstance(x, Tensor) else like + x).int() // window for x in (start, skipped))
+    rows = rows_of_lengths(
+        torch.arange(batch, dtype=torch.int32, device=q.device), like, total.int(), window=window, sinks=sinks,
+        count=batch * (length // window), padded=True, start=start, keep=skipped,
+    )  # fmt: skip
+    kind, query_features, key_features = features_of(mixer, q, k)
+    if mixer is None or mix_logit is None:
+        mix_logit = None
+    else:
+        mix_logit = mix_logit[None, :, None].expand(batch, heads, length) if mix_logit.ndim == 1 else mix_logit
+        mix_logit = mix_logit.to(accumulation_dtype(q))
+    problem = Problem(window, sinks, mix, kind, scale)
+    initial = None if state is None else (state.s.contiguous(), state.z.contiguous())
+    if only_state:
+        out, states = q, far_states(q, k, v, query_features, key_features, rows, problem, initial)
+    else:
+        out, _, states = near_far_forward(
+            q, k, v, sink_k, sink_v, mix_logit, query_features, key_features, rows, problem, initial
+        )
+    return out, None if states is None else State(states.kept, states.kept_norms)
 
 
 def _apply(
