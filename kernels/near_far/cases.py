@@ -1,13 +1,14 @@
 """The launches that the offline compiler checks: every kernel at the shapes of real models."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..devices import Target
 from ..launch import Launch, recording
+from . import triton_transfer
 from .counts import Shape, kernel_work
 from .rows import Rows
 from .triton_near_far import Problem, near_far_backward, near_far_forward
@@ -15,6 +16,7 @@ from .triton_near_far import Problem, near_far_backward, near_far_forward
 __all__ = ["MODELS", "WINDOWS", "Case", "cases"]
 
 TOKENS = 8192
+TRANSFER_TOKENS = 2048  # the objectives of transfer are quadratic
 SINKS = 4
 WINDOWS = (64, 128)
 # heads, kv_heads, head_dim, feature_dim
@@ -43,14 +45,35 @@ def cases(target: Target) -> Iterator[Case]:
         for window in WINDOWS:
             shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
             yield from _prefill_cases(model, shape, target)
+            yield from _transfer_cases(model, replace(shape, tokens=TRANSFER_TOKENS), target)
+
+
+def _tokens(shape: Shape, heads: int, size: int) -> Tensor:
+    return torch.empty(1, shape.tokens, heads, size, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+
+
+def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a model's shape, as a projection lays them out."""
+    sizes = (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim), (shape.kv_heads, shape.value_dim)
+    return tuple(_tokens(shape, *size) for size in sizes)  # type: ignore[return-value]
+
+
+def _transfer_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
+    q, k, v = _inputs(shape)
+    phi_q, phi_k = (_tokens(shape, heads, 2 * shape.half) for heads in (shape.heads, shape.kv_heads))
+    row = torch.empty(1, shape.heads, shape.tokens, device="meta")
+    options = {"window": shape.window, "sinks": shape.sinks, "scale": shape.head_dim**-0.5}
+    with recording(target) as launches:
+        triton_transfer.split_attention(q, k, v, **options)
+        triton_transfer.far_sums(q, k, row, phi_q, phi_k, **options)
+        triton_transfer.far_gradients(q, k, row, phi_q, phi_k, row, row, row, **options)
+    for launch in launches:
+        name = launch.kernel.__name__
+        yield Case(model, shape.window, name, launch, *kernel_work(name, shape))
 
 
 def _prefill_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
-    def tokens(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(1, shape.tokens, heads, size, dtype=dtype, device="meta").transpose(1, 2)
-
-    q, k = tokens(shape.heads, shape.head_dim), tokens(shape.kv_heads, shape.head_dim)
-    v = tokens(shape.kv_heads, shape.value_dim)
+    q, k, v = _inputs(shape)
     weights = [torch.empty(h, shape.head_dim, shape.half, device="meta") for h in (shape.heads, shape.kv_heads)]
     mix = torch.empty(1, shape.heads, shape.tokens, device="meta")
     chunks = -(-shape.tokens // shape.window)

@@ -254,8 +254,12 @@ def positions(start: int | Tensor, count: int, device: torch.device) -> Tensor:
 
 def pad_to_chunks(x: Tensor, window: int) -> Tensor:
     """x (B, heads, T, .) with zeros after its last token, to a multiple of W tokens."""
-    missing = -x.shape[2] % window
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    length = x.shape[2]
+    padded = (length + window - 1) // window * window
+    # Without the question while torch.compile traces: it would want one graph for whole chunks and one for others.
+    if not torch.compiler.is_compiling() and padded == length:
+        return x
+    return F.pad(x, (0, 0, 0, padded - length))
 
 
 class _Near:

@@ -29,8 +29,9 @@ class Shape:
 
 
 def kernel_work(kernel: str, shape: Shape) -> tuple[int, int]:
-    """(operations, bytes) of one launch of a kernel of `triton_forward` or `triton_backward`, by its name.
+    """(operations, bytes) of one launch of a kernel of `triton_forward`, `triton_backward` or `triton_transfer`, by its name.
 
+    Those of `triton_transfer` see every earlier key: a query has T / 2 on average, nearly all of them far.
     "chunk_sums" is that of the keys and "chunk_sums_backward" that of the queries; "prefix_sums" is of the states.
     """
     s = shape
@@ -46,6 +47,8 @@ def kernel_work(kernel: str, shape: Shape) -> tuple[int, int]:
     query_weights, key_weights = 2 * e * h * d * s.half, 2 * e * k * d * s.half
     projected_q, projected_k = e * h * t * s.half, e * k * t * s.half
     project = 2 * d * s.half
+    phi_q, phi_k = e * h * t * features, e * k * t * features
+    far_features = phi_q + phi_k
     parts = 4 * chunks * k * s.sinks * (d + v)
 
     work: dict[str, tuple[float, float]] = {
@@ -75,6 +78,10 @@ def kernel_work(kernel: str, shape: Shape) -> tuple[int, int]:
             h * t * 1.5 * w * (4 * d + 4 * v) + k * t * project,
             queries + outputs + 2 * keys + 2 * values + key_weights / 2 + projected_k + 4 * k * t * v + 3 * row,
         ),
+        "split_forward": (h * t * t * (d + v), queries + keys + values + 8 * h * t * v + 2 * row),
+        "far_sums_kernel": (h * t * t * (d + features), queries + keys + far_features + 5 * row),
+        "far_queries": (h * t * t * (d + 2 * features), queries + keys + far_features + phi_q + 6 * row),
+        "far_keys": (h * t * t * (d + 2 * features), queries + keys + far_features + phi_k + 6 * row),
         "sink_gradients": (chunks * k * s.sinks * (d + v) / 2, parts / 2),
     }
     operations, moved = work[kernel]
