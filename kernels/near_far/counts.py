@@ -29,7 +29,7 @@ class Shape:
 
 
 def kernel_work(kernel: str, shape: Shape) -> tuple[int, int]:
-    """(operations, bytes) of one launch of a kernel of `triton_forward`, `triton_backward` or `triton_transfer`, by its name.
+    """(operations, bytes) of one launch of a Triton kernel, by its name.
 
     Those of `triton_transfer` see every earlier key: a query has T / 2 on average, nearly all of them far.
     "chunk_sums" is that of the keys and "chunk_sums_backward" that of the queries; "prefix_sums" is of the states.
