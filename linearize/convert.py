@@ -287,7 +287,8 @@ class _BeforeDecoder:
 
 
 def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
-    """(B, T) bool for the T new tokens of this call, or None where all are real."""
+    """(B, T) bool for the T new tokens of this call, or None where all are real (not asked while torch.compile traces,
+    where the answer would be part of the graph)."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -300,7 +301,7 @@ def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
             f"attention_mask: it covers {mask.shape[1]} tokens but {new} are given; make it cover all, past and new"
         )
     recent = mask[:, mask.shape[1] - new :].bool()
-    return None if bool(recent.all()) else recent
+    return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
 
 
 def _refuse_packed(kwargs: dict[str, Any], cache: Any) -> None:
