@@ -98,8 +98,8 @@ def _number(value: Any, name: str) -> Any:
     if name in FLOATS:
         return NUMPY[name](value) if isinstance(value, (int, float)) else None
     if name in INTS and isinstance(value, int):
-        limits = np.iinfo(NUMPY[name])
-        return NUMPY[name](value) if limits.min <= value <= limits.max else None
+        bits = 31 if name == "int32" else 63
+        return NUMPY[name](value) if -(1 << bits) <= value < 1 << bits else None
     return None
 
 
