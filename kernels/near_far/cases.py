@@ -10,13 +10,19 @@ from ..devices import Target
 from ..launch import Launch, recording
 from . import triton_transfer
 from .counts import Shape, kernel_work
+from .memory import Memory
+from .mixers import Hedgehog
 from .rows import Rows
+from .traffic import DecodeShape, decode_work
+from .triton_decode import triton_step
+from .triton_decode_kernels import decode_step
 from .triton_near_far import Problem, near_far_backward, near_far_forward
 
 __all__ = ["MODELS", "WINDOWS", "Case", "cases"]
 
 TOKENS = 8192
 TRANSFER_TOKENS = 2048  # the objectives of transfer are quadratic
+DECODE_BATCHES = (1, 16)
 SINKS = 4
 WINDOWS = (64, 128)
 # heads, kv_heads, head_dim, feature_dim
@@ -40,11 +46,13 @@ class Case:
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """Every kernel at every model and window, bfloat16, `TOKENS` tokens of prefill, blocks as chosen for `target`."""
+    """Every kernel at every model and window, bfloat16, `TOKENS` tokens of prefill, a step of decoding, blocks as chosen for `target`."""
     for model, (heads, kv_heads, head_dim, half) in MODELS.items():
         for window in WINDOWS:
             shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
             yield from _prefill_cases(model, shape, target)
+            for batch in DECODE_BATCHES:
+                yield from _decode_cases(model, shape, target, batch)
             yield from _transfer_cases(model, replace(shape, tokens=TRANSFER_TOKENS), target)
 
 
@@ -56,6 +64,28 @@ def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a model's shape, as a projection lays them out."""
     sizes = (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim), (shape.kv_heads, shape.value_dim)
     return tuple(_tokens(shape, *size) for size in sizes)  # type: ignore[return-value]
+
+
+def _decode_cases(model: str, shape: Shape, target: Target, batch: int) -> Iterator[Case]:
+    heads, kv_heads = shape.heads, shape.kv_heads
+    q, k, v = (
+        torch.empty(batch, own, 1, size, dtype=torch.bfloat16, device="meta")
+        for own, size in ((heads, shape.head_dim), (kv_heads, shape.head_dim), (kv_heads, shape.value_dim))
+    )
+    with torch.device("meta"):
+        mixer = Hedgehog(heads, kv_heads, shape.head_dim, shape.half)
+        mix = torch.empty(batch, heads, 1)
+    memory = Memory.empty(k, v, mixer, window=shape.window, sinks=shape.sinks)
+    with recording(target) as launches:
+        triton_step(q, k, v, memory, mixer, mix, window=shape.window, sinks=shape.sinks)
+    splits = next(x.arguments["SPLITS"] for x in launches if x.kernel is decode_step)
+    sizes = DecodeShape(
+        batch, heads, kv_heads, shape.head_dim, shape.value_dim, shape.half, shape.window, shape.sinks, splits=splits
+    )
+    for launch in launches:
+        name = launch.kernel.__name__
+        flops, moved = decode_work(name, sizes)
+        yield Case(model, shape.window, f"{name}, batch {batch}", launch, round(flops), round(moved))
 
 
 def _transfer_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
