@@ -46,7 +46,7 @@ class Case:
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """Every kernel at every model and window, bfloat16: `TOKENS` of prefill, decoding, transfer; blocks for `target`."""
+    """Every kernel at every model and window, bfloat16: prefill, a decode step, transfer; blocks for `target`."""
     for model, (heads, kv_heads, head_dim, half) in MODELS.items():
         for window in WINDOWS:
             shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
