@@ -65,5 +65,5 @@ def target_of(device: torch.device) -> Target:
         return TARGETS.get(arch) or Target(arch, "hip", arch, properties.warp_size, 64 * 1024)
     name = f"sm_{properties.major}{properties.minor}"
     capability = 10 * properties.major + properties.minor
-    shared = properties.shared_memory_per_block_optin
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)  # the least of any since sm_80
     return TARGETS.get(name) or Target(name, "cuda", capability, 32, shared)

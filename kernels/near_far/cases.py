@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _transfer_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
     q, k, v = _inputs(shape)
     phi_q, phi_k = (_tokens(shape, heads, 2 * shape.half) for heads in (shape.heads, shape.kv_heads))
     row = torch.empty(1, shape.heads, shape.tokens, device="meta")
-    options = {"window": shape.window, "sinks": shape.sinks, "scale": shape.head_dim**-0.5}
+    options: dict[str, Any] = {"window": shape.window, "sinks": shape.sinks, "scale": shape.head_dim**-0.5}
     with recording(target) as launches:
         triton_transfer.split_attention(q, k, v, **options)
         triton_transfer.far_sums(q, k, row, phi_q, phi_k, **options)
@@ -104,16 +105,16 @@ def _transfer_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
 
 def _prefill_cases(model: str, shape: Shape, target: Target) -> Iterator[Case]:
     q, k, v = _inputs(shape)
-    weights = [torch.empty(h, shape.head_dim, shape.half, device="meta") for h in (shape.heads, shape.kv_heads)]
+    w_q, w_k = (torch.empty(h, shape.head_dim, shape.half, device="meta") for h in (shape.heads, shape.kv_heads))
     mix = torch.empty(1, shape.heads, shape.tokens, device="meta")
     chunks = -(-shape.tokens // shape.window)
-    tables = (torch.empty(n, m, dtype=torch.int32, device="meta") for n, m in ((chunks + 1, 8), (1, 3)))
-    rows = Rows(*tables, count=chunks, padded=False)
+    table, sequences = (torch.empty(n, m, dtype=torch.int32, device="meta") for n, m in ((chunks + 1, 8), (1, 3)))
+    rows = Rows(table, sequences, chunks, padded=False)
     problem = Problem(shape.window, shape.sinks, "normalizer", "hedgehog", shape.head_dim**-0.5)
     with recording(target) as forward:
-        out, stats, _ = near_far_forward(q, k, v, k, v, mix, *weights, rows, problem)
+        out, stats, _ = near_far_forward(q, k, v, k, v, mix, w_q, w_k, rows, problem)
     with recording(target) as backward:
-        near_far_backward(out, None, q, k, v, mix, *weights, out, stats, rows, problem)
+        near_far_backward(out, None, q, k, v, mix, w_q, w_k, out, stats, rows, problem)
     seen = set()
     for launches, ending in ((forward, ""), (backward, "_backward")):
         for launch in launches:

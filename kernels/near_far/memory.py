@@ -15,6 +15,7 @@ Shape legend as in `chunked`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def near_far_step(
     not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
     `triton_decode` where its kernels run.
     """
-    options = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
     if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
         if chosen == "triton" and _steps_in_triton(mixer):

@@ -1,5 +1,7 @@
 """The public functions of near-and-far attention: every check, and the choice of a backend."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def near_far_attention(
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
     if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
         mask = None
-    options = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     if chosen == "triton":
         from .triton_operators import near_far_triton
 
@@ -74,8 +76,8 @@ def near_far_attention(
         return form(q, k, v, mixer, mix_logit, **options, mask=mask)
     if mix_logit is not None and mix_logit.ndim == 3:
         mix_logit = split_documents(cu_seqlens, mix_logit[..., None])[0].squeeze(-1)
-    *rows, own = split_documents(cu_seqlens, q, k, v)
-    return join_documents(own, form(*rows, mixer, mix_logit, **options, mask=own))
+    q, k, v, own = split_documents(cu_seqlens, q, k, v)
+    return join_documents(own, form(q, k, v, mixer, mix_logit, **options, mask=own))
 
 
 def far_read(
@@ -169,8 +171,8 @@ def _check_documents(cu_seqlens: Tensor | None, q: Tensor, mask: Tensor | None) 
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise LinearizeError(
-            f"near_far_attention: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it needs (N + 1,) "
-            "integers for N >= 1 documents"
+            f"near_far_attention: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it needs "
+            "(N + 1,) integers for N >= 1 documents"
         )
     if cu_seqlens.device != q.device:
         raise LinearizeError(

@@ -181,8 +181,8 @@ def chunk_sums(
             low = first // WINDOW
             high = tl.minimum((first + BLOCK_M - 1) // WINDOW, GROUP - 1)
             x_rows = x + g * x_head + t * x_token
-            projected = project(x_rows, there, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M, BLOCK_K,
-                                BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
+            projected = project(x_rows, there, g, low, high, weight, weight_low, head * GROUP, D, HALF, BLOCK_M,
+                                BLOCK_K, BLOCK_F, ONE_HEAD, ACC, PRECISION)  # fmt: skip
             features = half_of_features(projected, sign, HALF, BLOCK_F)
         else:
             base = phi + row * phi_row + head * GROUP * phi_head + column * phi_token

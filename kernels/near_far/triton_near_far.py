@@ -355,7 +355,7 @@ class _Call:
         """The features, where they are given."""
         return features if self.problem.features == "given" else None
 
-    def weights(self, features: Tensor | None) -> dict[str, Tensor | None]:
+    def weights(self, features: Tensor | None) -> dict[str, Any]:
         """Hedgehog's weights as operands: themselves, or two terms of the 16-bit dtype that add up to them."""
         if self.problem.features != "hedgehog" or features is None:
             return {"weight": None, "weight_low": None}
