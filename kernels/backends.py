@@ -123,7 +123,5 @@ def _fla() -> Check:
     if find_spec("fla") is None:
         return Check("flash-linear-attention", False, "not installed; states with decay or delta rule run in PyTorch")
     if not torch.cuda.is_available():
-        return Check(
-            "flash-linear-attention", False, "installed; its kernels need a GPU, PyTorch runs instead"
-        )
+        return Check("flash-linear-attention", False, "installed; its kernels need a GPU, PyTorch runs instead")
     return Check("flash-linear-attention", True, "installed")

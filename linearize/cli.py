@@ -300,6 +300,19 @@ def report(
 
 
 @app.command(cls=PlainCommand)
+def doctor() -> None:
+    """Show what runs on this machine and why: GPU, Triton kernels, the backend that is chosen.
+
+    Example: linearize doctor
+    """
+    _quiet()
+    from linearize.kernels.backends import doctor as checks
+
+    for check in checks():
+        print(f"{'yes' if check.works else 'no':3}  {check.name}: {check.detail}")
+
+
+@app.command(cls=PlainCommand)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],

@@ -1,6 +1,7 @@
 """Near-and-far attention: the formula, the chunked form and the decode step are one definition."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -671,12 +672,77 @@ class TestBadInputs:
             near_far_attention(**_call(**changes))
         assert str(error.value) == f"near_far_attention: {message}"
 
-    def test_no_triton_kernels_yet(self):
-        with pytest.raises(NotImplementedError) as error:
+    def test_no_triton_on_a_cpu(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(LinearizeError) as error:
             near_far_attention(**_call(backend="triton"))
         assert str(error.value) == (
-            "backend: 'triton' has no near-and-far kernels yet; use backend='auto' or 'torch', which runs on any device"
+            "backend: 'triton' cannot run here: Triton has no kernels for cpu tensors; use backend='auto' or 'torch', "
+            "which runs on any device"
         )
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"mask": torch.ones(1, 6).bool()}, "mask and cu_seqlens are both given; give the one that applies"),
+            ({"q": torch.zeros(2, 4, 6, 8)}, "cu_seqlens goes with batch 1, not 2; lay the documents end to end"),
+            (
+                {"cu_seqlens": torch.tensor([6])},
+                "cu_seqlens is torch.int64 of shape (1,); it needs (N + 1,) integers for N >= 1 documents",
+            ),
+            (
+                {"cu_seqlens": torch.tensor([0.0, 6.0])},
+                "cu_seqlens is torch.float32 of shape (2,); it needs (N + 1,) integers for N >= 1 documents",
+            ),
+            (
+                {"cu_seqlens": torch.tensor([0, 6], device="meta")},
+                "cu_seqlens is on meta but q is on cpu; move it there",
+            ),
+            (
+                {"cu_seqlens": torch.tensor([0, 5])},
+                "cu_seqlens runs from 0 to 5; it must rise from 0 to the 6 tokens without falling",
+            ),
+            (
+                {"cu_seqlens": torch.tensor([0, 4, 3, 6])},
+                "cu_seqlens runs from 0 to 6; it must rise from 0 to the 6 tokens without falling",
+            ),
+        ],
+        ids=lambda value: value[:40] if isinstance(value, str) else "",
+    )
+    def test_documents(self, changes, message):
+        inputs = {"q": torch.zeros(1, 4, 6, 8), "k": torch.zeros(1, 2, 6, 8), "v": torch.zeros(1, 2, 6, 5)}
+        if "q" in changes:
+            inputs = {"q": torch.zeros(2, 4, 6, 8), "k": torch.zeros(2, 2, 6, 8), "v": torch.zeros(2, 2, 6, 5)}
+        with pytest.raises(LinearizeError) as error:
+            near_far_attention(**(inputs | {"window": 3, "cu_seqlens": torch.tensor([0, 6])} | changes))
+        assert str(error.value) == f"near_far_attention: {message}"
+
+    def test_empty_batch(self):
+        """An empty result, and no gradient but an empty one."""
+        q, k, v = (torch.zeros(0, h, 6, 8, requires_grad=True) for h in (4, 2, 2))
+        for backend in ("auto", "reference", "torch"):
+            out = near_far_attention(q, k, v[..., :5], window=3, backend=backend)
+            assert out.shape == (0, 4, 6, 5)
+        out.sum().backward()
+        assert q.grad.shape == q.shape
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    @pytest.mark.parametrize("far", FAR)
+    def test_each_is_a_sequence_of_its_own(self, far, backend):
+        q, k, v, *rest = make_inputs((1, 4, 2, 43, 4, 6, 4, 3, 5))
+        mixer, mix_logit, mix = far_options(far, *rest)
+        options = {"window": 4, "sinks": 3, "mix": mix, "backend": backend}
+        borders = [0, 17, 17, 20, 43]
+        out = near_far_attention(q, k, v, mixer, mix_logit, cu_seqlens=torch.tensor(borders), **options)
+        for begin, end in itertools.pairwise(borders):
+            if begin == end:
+                continue
+            part = slice(begin, end)
+            logit = mix_logit[:, :, part] if mix_logit is not None and mix_logit.ndim == 3 else mix_logit
+            alone = near_far_attention(q[:, :, part], k[:, :, part], v[:, :, part], mixer, logit, **options)
+            assert_near(out[:, :, part], alone)
 
 
 class TestHedgehogStart:

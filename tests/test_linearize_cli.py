@@ -31,6 +31,7 @@ COMMANDS = (
     ["bench", "decode"],
     ["bench", "compile"],
     ["report"],
+    ["doctor"],
     ["generate"],
 )
 ROOT = Path(__file__).resolve().parents[1]
@@ -485,3 +486,14 @@ class TestNumbers:
     def test_bytes(self):
         counts = (0, 999, 1536, 200 * 1024, 5.5 * 1024**3)
         assert [human_bytes(n) for n in counts] == ["0 B", "999 B", "1.5 KiB", "200 KiB", "5.5 GiB"]
+
+
+def test_doctor_says_what_runs_and_why(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = call("doctor")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    if not torch.cuda.is_available():
+        assert "no   Triton kernels on cpu: Triton has no kernels for cpu tensors" in lines
+        assert "yes  backend 'auto' on cpu: torch" in lines
+    assert all(line.startswith(("yes  ", "no   ")) for line in lines)
