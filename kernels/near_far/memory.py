@@ -59,6 +59,8 @@ class Memory:
 
         state_dtype: what the sums of phi_k v^T are stored in, such as bfloat16; None is the mixer's own choice,
         float32. They are added up in float32 either way and rounded once a chunk; their normaliser stays float32.
+        bfloat16 is for short contexts: with W = 64 it is as exact as the outputs' rounding to 4k tokens, off by 4 %
+        at 16k and by half at 64k, where the sums have stopped growing.
         """
 
         def zeros(x: Tensor, tokens: int) -> Tensor:
