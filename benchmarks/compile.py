@@ -24,7 +24,8 @@ from typing import Any
 
 from linearize.errors import LinearizeError
 from linearize.kernels.devices import DEVICES, TARGETS, Device, Target
-from linearize.kernels.near_far.cases import Case, cases
+from linearize.kernels.near_far.cases import DECODE_BATCHES, Case, cases, decode_shape, shapes
+from linearize.kernels.near_far.traffic import DecodeBytes, decode_bytes
 
 from .files import write_json, write_text
 from .inference import progress_bar
@@ -206,7 +207,39 @@ def _page(done: Sequence[CompiledCase], data: dict[str, Any]) -> str:
         lines += ["", f"## {target.name}", "", *_resources_table(rows), "", *_bounds_table(rows)]
         lines += _remarks("Problems", rows, lambda row: row.resources.problems)
         lines += _remarks("Notes", rows, lambda row: row.resources.notes)
+    lines += ["", *_decode_section()]
     return "\n".join(lines) + "\n"
+
+
+def _decode_section() -> list[str]:
+    """What a decode step moves, by kind."""
+    body = []
+    for model, shape in shapes():
+        for batch in DECODE_BATCHES:
+            moved = decode_bytes(decode_shape(shape, TARGETS["sm_90"], batch))
+            body.append(
+                [
+                    model,
+                    str(shape.window),
+                    str(batch),
+                    *(f"{x / 1e3:.4g}" for x in moved),
+                    f"{moved.from_memory / moved.least:.3f}",
+                    f"{(moved.from_memory + moved.weights) / moved.least:.2f}",
+                ]
+            )
+    kinds = [name.replace("_", " ") for name in DecodeBytes._fields]
+    columns = ["model", "W", "batch", *(f"{kind} kB" for kind in kinds), "rows / least", "with weights / least"]
+    return [
+        "## Bytes of a decode step",
+        "",
+        "One layer, bfloat16 cache, float32 state, averaged over the places of a token in its chunk; splits as chosen "
+        "for sm_90. Least is what any step of this definition reads: states, window and sinks. Rows is all that a row of "
+        "the batch adds and that crosses the memory bus (`projected` and `parts` are written by one kernel and read by "
+        "the next, from the L2 cache). Weights are those of the feature maps, read once a step by up to 16 rows, as any "
+        "weight of the model is.",
+        "",
+        *_table(columns, body),
+    ]
 
 
 def _resources_table(rows: Sequence[CompiledCase]) -> list[str]:

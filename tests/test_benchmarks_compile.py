@@ -294,3 +294,26 @@ def test_launches_that_fit_no_kernel_are_refused(folder: Path) -> None:
     assert text == "LinearizeError: product: A is a str; give a tensor, a number or None"
     assert extra.startswith("LinearizeError: product: extra is in the launch or in the kernel only")
     assert dtype.startswith("LinearizeError: product: A is torch.complex64; use one of torch.bfloat16")
+
+
+def test_defaults_neither_spill_nor_exceed_shared_memory(tmp_path: Path) -> None:
+    """A sample; `linearize bench compile` does all of them."""
+    code = """
+import sys
+from pathlib import Path
+from linearize.benchmarks.compile import bench_compile
+if __name__ == "__main__":
+    done = bench_compile(Path(sys.argv[1]), ["sm_90"], ["SmolLM2-135M"])
+    assert not [problem for row in done for problem in row.resources.problems]
+    assert all(row.resources.spill == 0 for row in done)
+    kinds = {row.case.kernel for row in done if row.resources.tensor_instructions}
+    assert {"chunk_sums", "attention_forward", "far_backward_queries", "near_backward_keys", "far_queries"} <= kinds
+"""
+    script = tmp_path / "sample.py"
+    script.write_text(code)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "## Bytes of a decode step" in (tmp_path / "compile.md").read_text()

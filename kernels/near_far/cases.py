@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..devices import Target
 from ..launch import Launch, recording
@@ -15,11 +14,10 @@ from .memory import Memory
 from .mixers import Hedgehog
 from .rows import Rows
 from .traffic import DecodeShape, decode_work
-from .triton_decode import triton_step
-from .triton_decode_kernels import decode_step
+from .triton_decode import decode_blocks, triton_step
 from .triton_near_far import Problem, near_far_backward, near_far_forward
 
-__all__ = ["MODELS", "WINDOWS", "Case", "cases"]
+__all__ = ["DECODE_BATCHES", "MODELS", "WINDOWS", "Case", "cases", "decode_shape", "shapes"]
 
 TOKENS = 8192
 TRANSFER_TOKENS = 2048  # the objectives of transfer are quadratic
@@ -48,13 +46,11 @@ class Case:
 
 def cases(target: Target) -> Iterator[Case]:
     """Every kernel at every model and window, bfloat16: prefill, a decode step, transfer; blocks for `target`."""
-    for model, (heads, kv_heads, head_dim, half) in MODELS.items():
-        for window in WINDOWS:
-            shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
-            yield from _prefill_cases(model, shape, target)
-            for batch in DECODE_BATCHES:
-                yield from _decode_cases(model, shape, target, batch)
-            yield from _transfer_cases(model, replace(shape, tokens=TRANSFER_TOKENS), target)
+    for model, shape in shapes():
+        yield from _prefill_cases(model, shape, target)
+        for batch in DECODE_BATCHES:
+            yield from _decode_cases(model, shape, target, batch)
+        yield from _transfer_cases(model, replace(shape, tokens=TRANSFER_TOKENS), target)
 
 
 def _tokens(shape: Shape, heads: int, size: int) -> Tensor:
@@ -65,6 +61,25 @@ def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a model's shape, as a projection lays them out."""
     sizes = (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim), (shape.kv_heads, shape.value_dim)
     return tuple(_tokens(shape, *size) for size in sizes)  # type: ignore[return-value]
+
+
+def decode_shape(shape: Shape, target: Target, batch: int) -> DecodeShape:
+    """A decode step of this shape, with as many splits as are chosen for the target."""
+    s = shape
+    blocks = decode_blocks(
+        target, batch=batch, kv_heads=s.kv_heads, group=s.heads // s.kv_heads, window=s.window, sinks=s.sinks,
+        head_dim=s.head_dim, value_dim=s.value_dim, half=s.half, element_bytes=s.element, splits=None,
+    )  # fmt: skip
+    return DecodeShape(
+        batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.half, s.window, s.sinks, splits=blocks.SPLITS
+    )
+
+
+def shapes() -> Iterator[tuple[str, Shape]]:
+    """Every model and window."""
+    for model, (heads, kv_heads, head_dim, half) in MODELS.items():
+        for window in WINDOWS:
+            yield model, Shape(heads, kv_heads, head_dim, head_dim, half, window, SINKS, TOKENS)
 
 
 def _decode_cases(model: str, shape: Shape, target: Target, batch: int) -> Iterator[Case]:
@@ -79,10 +94,7 @@ def _decode_cases(model: str, shape: Shape, target: Target, batch: int) -> Itera
     memory = Memory.empty(k, v, mixer, window=shape.window, sinks=shape.sinks)
     with recording(target) as launches:
         triton_step(q, k, v, memory, mixer, mix, window=shape.window, sinks=shape.sinks)
-    splits = next(x.arguments["SPLITS"] for x in launches if x.kernel is decode_step)
-    sizes = DecodeShape(
-        batch, heads, kv_heads, shape.head_dim, shape.value_dim, shape.half, shape.window, shape.sinks, splits=splits
-    )
+    sizes = decode_shape(shape, target, batch)
     for launch in launches:
         name = launch.kernel.__name__
         flops, moved = decode_work(name, sizes)
