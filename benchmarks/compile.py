@@ -233,10 +233,10 @@ def _decode_section() -> list[str]:
         "## Bytes of a decode step",
         "",
         "One layer, bfloat16 cache, float32 state, averaged over the places of a token in its chunk; splits as chosen "
-        "for sm_90. Least is what any step of this definition reads: states, window and sinks. Rows is all that a row of "
-        "the batch adds and that crosses the memory bus (`projected` and `parts` are written by one kernel and read by "
-        "the next, from the L2 cache). Weights are those of the feature maps, read once a step by up to 16 rows, as any "
-        "weight of the model is.",
+        "for sm_90. Least is what any step of this definition reads: states, window and sinks. Rows is all that a row "
+        "of the batch adds and that crosses the memory bus (`projected` and `parts` are written by one kernel and read "
+        "by the next, from the L2 cache). Weights are those of the feature maps, read once a step by up to 16 rows, as "
+        "any weight of the model is.",
         "",
         *_table(columns, body),
     ]
