@@ -62,10 +62,11 @@ def triton_obstacle(q: Tensor, v: Tensor, num_features: int) -> str | None:
     return None
 
 
-def choose_backend(backend: str, q: Tensor, v: Tensor, num_features: int = 0) -> str:
+def choose_backend(backend: str, q: Tensor, v: Tensor, num_features: int = 0, obstacle: str | None = None) -> str:
     """ "reference", "torch" or "triton" for a call with these tensors.
 
     "auto" is "triton" on a GPU that it supports and "torch" elsewhere; a GPU that must do with "torch" logs why, once.
+    obstacle: what else keeps the Triton kernels from this call, in words, where the caller knows of something.
 
     Raises:
         LinearizeError: an unknown backend, or "triton" where it cannot run.
@@ -76,7 +77,7 @@ def choose_backend(backend: str, q: Tensor, v: Tensor, num_features: int = 0) ->
         raise LinearizeError(f"backend: {backend!r} is unknown; known: {', '.join(BACKENDS)}")
     if backend in ("reference", "torch") or (backend == "auto" and q.device.type == "cpu"):
         return "torch" if backend == "auto" else backend
-    obstacle = triton_obstacle(q, v, num_features)
+    obstacle = triton_obstacle(q, v, num_features) or obstacle
     if obstacle is None:
         return "triton"
     if backend == "auto":

@@ -380,8 +380,8 @@ class TestAnyLogitScale:
         )
         moved = [x.to(device).requires_grad_() for x in (q, k, v)]
         out = near_far_attention(
-            *moved, None if chosen is None else chosen.to(device), None if logit is None else logit.to(device), window=8,
-            sinks=2, mix=mix, backend="triton",
+            *moved, None if chosen is None else chosen.to(device), None if logit is None else logit.to(device),
+            window=8, sinks=2, mix=mix, backend="triton",
         )  # fmt: skip
         assert worst(out.cpu(), expected) <= 2e-4
         assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(out.square().sum(), moved))
@@ -411,8 +411,8 @@ class TestAnyLogitScale:
             if near:
                 assert worst(expected, near_far_attention(q, k, v, window=8, sinks=2)) <= 1e-5
             out = near_far_attention(
-                *(x.to(device) for x in (q, k, v)), mixer_on(mixer, device), odds.to(device), window=8, sinks=2, mix=mix,
-                backend="triton",
+                *(x.to(device) for x in (q, k, v)), mixer_on(mixer, device), odds.to(device),
+                window=8, sinks=2, mix=mix, backend="triton",
             )  # fmt: skip
             assert worst(out.cpu(), expected) <= 2e-5
             grads = torch.autograd.grad(out.square().sum(), [q, k, v, *mixer.parameters()])
@@ -473,6 +473,18 @@ class TestOddInputs:
         q = torch.zeros(1, 1, 4, 16, device=device)
         with pytest.raises(LinearizeError, match="the mixer has 514 features, above 512"):
             near_far_attention(q, q, q, Hedgehog(1, 1, 16, 257).to(device), window=4, backend="triton")
+
+    def test_a_state_that_is_no_plain_sum(self, device):
+        """Kernels that only add would be silently wrong."""
+
+        class Fading(Hedgehog):
+            def scan(self, state, phi_k, v):
+                raise NotImplementedError
+
+        q = torch.zeros(1, 1, 4, 16, device=device)
+        mixer = Fading(1, 1, 16).to(device)
+        with pytest.raises(LinearizeError, match="cannot run here: Fading has its own scan; use backend='auto'"):
+            near_far_attention(q, q, q, mixer, window=4, backend="triton")
 
     @pytest.mark.gpu
     def test_float64_on_a_gpu(self):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends import choose_backend, log_once
 from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks
-from .mixers import Hedgehog, Mixer, State, accumulation_dtype
+from .mixers import Hedgehog, Mixer, State, accumulation_dtype, state_obstacle
 from .pack import pack_rows, unpack_rows
 
 __all__ = ["Memory", "near_far_step"]
@@ -114,7 +114,7 @@ def near_far_step(
     `triton_decode` where its kernels run.
     """
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
     if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
         if chosen == "triton" and _steps_in_triton(mixer):
             from .triton_decode import triton_step

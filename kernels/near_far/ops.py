@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS, choose_backend
 from .chunked import far_chunked, near_far_chunked
-from .mixers import Mixer
+from .mixers import Mixer, state_obstacle
 from .pack import join_documents, split_documents
 from .reference import near_far_reference
 
@@ -63,7 +63,7 @@ def near_far_attention(
     _check_documents(cu_seqlens, q, mask)
     if not q.shape[0]:
         return q[..., :1].expand(*q.shape[:3], v.shape[-1]).clone()
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features)
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
     if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
         mask = None
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
@@ -106,7 +106,7 @@ def far_read(
         from linearize.errors import LinearizeError
 
         raise LinearizeError("far_read: backend 'reference' has no far side of its own; use 'torch'")
-    if choose_backend(backend, q, v, mixer.num_features) == "triton":
+    if choose_backend(backend, q, v, mixer.num_features, state_obstacle(mixer)) == "triton":
         from .triton_operators import far_triton
 
         return far_triton(q, k, v, mixer, window=window, sinks=sinks)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mixer", "State"]
+__all__ = ["Mixer", "State", "accumulation_dtype", "state_obstacle"]
 
 
 class State(NamedTuple):
@@ -81,6 +81,14 @@ class Mixer(nn.Module):
         safe = n.clamp_min(tiny)
         log_mass = torch.where(n > tiny, safe.log(), -torch.inf)
         return (phi_q @ state.s) / safe[..., None], log_mass
+
+
+def state_obstacle(mixer: Mixer | None) -> str | None:
+    """Why kernels that know only sums of phi_k v^T cannot keep this mixer's state, in words; None if they can."""
+    if mixer is None:
+        return None
+    own = [name for name in ("update", "scan", "read") if getattr(type(mixer), name) is not getattr(Mixer, name)]
+    return f"{type(mixer).__name__} has its own {' and '.join(own)}" if own else None
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
