@@ -253,13 +253,12 @@ def positions(start: int | Tensor, count: int, device: torch.device) -> Tensor:
 
 
 def pad_to_chunks(x: Tensor, window: int) -> Tensor:
-    """x (B, heads, T, .) with zeros after its last token, to a multiple of W tokens."""
+    """x (B, heads, T, .) with zeros after its last token, to a multiple of W tokens: the next one, or, while
+    torch.compile traces, the next one above T."""
     length = x.shape[2]
-    padded = (length + window - 1) // window * window
-    # Without the question while torch.compile traces: it would want one graph for whole chunks and one for others.
-    if not torch.compiler.is_compiling() and padded == length:
-        return x
-    return F.pad(x, (0, 0, 0, padded - length))
+    # Of whole chunks a trace would want a graph of their own: nothing to pad, and results that need no cutting.
+    missing = window - length % window if torch.compiler.is_compiling() else -length % window
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 class _Near:
