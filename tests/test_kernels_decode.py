@@ -270,7 +270,7 @@ class TestStep:
         if not shape[0] and mix_logit is not None and mix_logit.ndim == 3:
             mix_logit = mix_logit[:0]
         options = {"window": shape[6], "sinks": shape[7], "mix": mix}
-        expected = near_far_reference(q, k, v, mixer, mix_logit, **options)
+        expected = near_far_reference(q, k, v, mixer, mix_logit, **options).detach()
         memory = memory_to(Memory.empty(k, v, mixer, window=shape[6], sinks=shape[7]), device)
         moved = [x.to(device) for x in (q, k, v)]
         mixer = None if mixer is None else mixer.to(device)
