@@ -20,7 +20,7 @@ program writes in the same launch.
 
 Shape legend as in `memory`; HALF features of each sign, F = 2 HALF. ACC is float32, float64 for float64 inputs (in the
 interpreter). Exponentials are of differences in natural units. Precision of products of float32 operands: FEATURE_DOT
-where an error would sit in an exponent or stay in the state, STATE_DOT where the state is read.
+where an error would sit in a feature's exponent or stay in the state, STATE_DOT where window and state are read.
 """
 
 import triton
