@@ -208,8 +208,7 @@ def triton_step(
         **common, **ending, "k": k, "v": v, "projected": projected, "k_row": k.stride(0), "k_head": k.stride(1),
         "v_row": v.stride(0), "v_head": v.stride(1), "GROUP": heads // kv_heads,
         "scale": head_dim**-0.5 if scale is None else float(scale),
-        # Products with float32 queries sit in an exponent; 16-bit ones have no more digits than TF32 keeps.
-        "STATE_DOT": "ieee" if exact or target.backend == "hip" else "tf32" if q.element_size() == 2 else "tf32x3",
+        "STATE_DOT": "ieee" if exact or target.backend == "hip" else "tf32",
         **chosen("TILES", "SLOT_SHARE", "SINK_SHARE", "FEATURE_SHARE", "BLOCK_G", "BLOCK_N", "BLOCK_S", "BLOCK_F",
                  "BLOCK_D", "BLOCK_HALF"),
     }  # fmt: skip
