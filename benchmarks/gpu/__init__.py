@@ -1,0 +1,1 @@
+"""What `linearize.benchmarks.gpu_check` checks and measures on a GPU."""
