@@ -585,3 +585,44 @@ class TestSteps:
             results.append([out.detach().cpu(), *gradients(out, leaves), memory.near_k.cpu(), *state])
         for actual, expected in zip(*reversed(results), strict=True):
             assert worst(actual, expected) <= 2e-5 * max(float(expected.abs().max()), 1.0)
+
+
+class TestTables:
+    """The tables of rows are shared by calls that run under different modes."""
+
+    def run(self, inputs, mixer):
+        return near_far_attention(*inputs, mixer, window=8, sinks=2, backend="triton")
+
+    def test_first_in_inference_mode(self, device):
+        from linearize.kernels.near_far import rows
+
+        rows._kept.clear()
+        q, k, v, mixer, _ = make_inputs((1, 2, 1, 30, 16, 16, 8, 2, 8), torch.float32, grad=True)
+        inputs, mixer = [x.detach().to(device).requires_grad_() for x in (q, k, v)], mixer.to(device)
+        with torch.inference_mode():
+            expected = self.run(inputs, mixer).clone()
+        out = self.run(inputs, mixer)
+        assert torch.equal(out, expected)
+        out.sum().backward()
+
+    def test_first_in_an_export(self, device):
+        from linearize.kernels.near_far import rows
+
+        rows._kept.clear()
+        q, k, v, mixer, _ = make_inputs((1, 2, 1, 30, 16, 16, 8, 2, 8), torch.float32)
+        inputs, mixer = [x.to(device) for x in (q, k, v)], mixer.to(device).requires_grad_(False)
+
+        class Attention(torch.nn.Module):
+            def forward(self, q, k, v):
+                return near_far_attention(q, k, v, mixer, window=8, sinks=2, backend="triton")
+
+        exported = torch.export.export(Attention(), tuple(inputs), strict=False)
+        assert any("near_far" in str(node.target) for node in exported.graph.nodes)
+        assert torch.equal(exported.module()(*inputs), self.run(inputs, mixer))
+
+    def test_only_a_few_are_kept(self):
+        from linearize.kernels.near_far import rows
+
+        for length in range(1, 100):
+            rows.rows_of_batch(1, length, 8, 0, torch.device("cpu"))
+        assert len(rows._kept) == rows.KEPT

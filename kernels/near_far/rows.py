@@ -14,7 +14,6 @@ zeros stands behind all. Shape legend: N sequences, W window, S sinks.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,13 +31,33 @@ class Rows:
     padded: bool
 
 
-@lru_cache(maxsize=64)
 def rows_of_batch(batch: int, length: int, window: int, sinks: int, device: torch.device) -> Rows:
-    """`batch` rows of `length` real tokens each."""
+    """`batch` rows of `length` real tokens each. The layers of a model ask for the same one; the last few are kept."""
+    key = batch, length, window, sinks, device
+    # What is traced holds symbols and tensors without data, which are of no use to anyone else.
+    if torch.compiler.is_compiling():
+        return _rows_of_batch(*key)
+    rows = _kept.pop(key, None)
+    if rows is None:
+        with torch.inference_mode(False):  # a later call may save the tables for its backward pass
+            rows = _rows_of_batch(*key)
+        if type(rows.chunks) is not Tensor:
+            return rows
+    _kept[key] = rows
+    while len(_kept) > KEPT:
+        del _kept[next(iter(_kept))]
+    return rows
+
+
+KEPT = 64
+_kept: dict[tuple, Rows] = {}
+
+
+def _rows_of_batch(batch: int, length: int, window: int, sinks: int, device: torch.device) -> Rows:
     first = torch.zeros(batch, dtype=torch.int32, device=device)
-    lengths = torch.full_like(first, length)
     row = torch.arange(batch, dtype=torch.int32, device=device)
     count = batch * -(-length // window)
+    lengths = torch.full_like(first, length)
     return rows_of_lengths(row, first, lengths, window=window, sinks=sinks, count=count, padded=False)
 
 
