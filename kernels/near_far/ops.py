@@ -64,13 +64,13 @@ def near_far_attention(
     if not q.shape[0]:
         return q[..., :1].expand(*q.shape[:3], v.shape[-1]).clone()
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
-    if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
-        mask = None
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     if chosen == "triton":
         from .triton_operators import near_far_triton
 
         return near_far_triton(q, k, v, mixer, mix_logit, **options, mask=mask, cu_seqlens=cu_seqlens)
+    if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+        mask = None
     form = near_far_reference if chosen == "reference" else near_far_chunked
     if cu_seqlens is None:
         return form(q, k, v, mixer, mix_logit, **options, mask=mask)
