@@ -107,7 +107,7 @@ def near_far_rows(
                 # Chunk c reads what was known before chunk c - 1. So what the block adds to the state are the chunks
                 # that stand one to the left of its own.
                 phi_k = _kept_features(mixer, k_block[:, :, :-window], window, sinks, start, first - 1)
-                states = mixer.scan(before, phi_k, v_block[:, :, :-window].unflatten(2, (-1, window)))
+                states = mixer.scan(before, phi_k, _chunks(v_block[:, :, :-window], window, 2))
                 before = State(states.s[:, :, -1], states.z[:, :, -1])
                 phi_q = _fold_group(mixer.query_features(q_block), kv_heads, window)
                 far, log_mass = mixer.read(State(states.s[:, :, :-1], states.z[:, :, :-1]), phi_q)
@@ -168,7 +168,7 @@ def far_chunked(
     (s: (B, K, N + 1, F, V), z: (B, K, N + 1, F)).
     """
     phi_k = _kept_features(mixer, k, window, sinks, start)
-    states = mixer.scan(mixer.empty_state(k, v) if state is None else state, phi_k, v.unflatten(2, (-1, window)))
+    states = mixer.scan(mixer.empty_state(k, v) if state is None else state, phi_k, _chunks(v, window, 2))
     # The first chunk, whose chunk before is not here, reads the oldest state there is: empty for a row that starts at
     # 0, of no consequence for one that does not.
     s, z = (torch.cat([x[:, :, :1], x[:, :, :-2]], dim=2) for x in states)
@@ -257,8 +257,8 @@ def pad_to_chunks(x: Tensor, window: int) -> Tensor:
     torch.compile traces, the next one above T."""
     length = x.shape[2]
     # Of whole chunks a trace would want a graph of their own: nothing to pad, and results that need no cutting.
-    missing = window - length % window if torch.compiler.is_compiling() else -length % window
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    chunks = length // window + 1 if torch.compiler.is_compiling() else -(-length // window)
+    return F.pad(x, (0, 0, 0, chunks * window - length)) if chunks * window != length else x
 
 
 class _Near:
@@ -285,8 +285,8 @@ class _Near:
             torch.cat(
                 [
                     sink[:, :, None].expand(-1, -1, chunks, -1, -1),
-                    x[:, :, :-window].unflatten(2, (-1, window)),
-                    x[:, :, window:].unflatten(2, (-1, window)),
+                    _chunks(x[:, :, :-window], window, 2),
+                    _chunks(x[:, :, window:], window, 2),
                 ],
                 dim=3,
             ).to(dtype)
@@ -294,7 +294,7 @@ class _Near:
         )  # (B, K, N, L, .)
         logits = queries @ keys.transpose(-1, -2)  # (B, K, N, G W, L)
         # Adding -inf takes a fraction of the time of masked_fill_.
-        logits.unflatten(3, (-1, window)).add_(self._mask(first, chunks, logits))
+        _chunks(logits, window, 3).add_(self._mask(first, chunks, logits))
         weights, lse = softmax_lse(logits)
         return weights @ values, lse
 
@@ -326,7 +326,7 @@ def _kept_features(mixer: Mixer, k: Tensor, window: int, sinks: int, start: int 
         row = first * window + torch.arange(k.shape[2], device=k.device)
         kept = (row >= 0) & (positions(start, 1, k.device) + row >= sinks)
         phi_k = phi_k * kept.to(phi_k.dtype)[:, None, :, None]
-    return phi_k.unflatten(2, (-1, window))
+    return _chunks(phi_k, window, 2)
 
 
 def _kept_state(kept: State | None, states: State, index: int | Tensor) -> State | None:
@@ -375,14 +375,13 @@ def _pieces(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
 
 def _unfolded(blocks: Iterable[tuple[Tensor, ...]], q: Tensor, window: int, dtype: torch.dtype) -> list[Tensor]:
     """The folded results of all blocks as whole tensors (B, H, T, .) in the order of q."""
-    heads = q.shape[1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         columns = [column[0] if len(column) == 1 else torch.cat(column, dim=2) for column in zip(*blocks, strict=True)]
-        return [_unfold_group(x, heads, window).to(dtype) for x in columns]
+        return [_unfold_group(x, window).to(dtype) for x in columns]
     wholes: list[Tensor] = []
     first = 0
     for block in blocks:
-        views = [x.unflatten(3, (-1, window)).transpose(2, 3) for x in block]  # (B, K, G, N, W, .)
+        views = [_chunks(x, window, 3).transpose(2, 3) for x in block]  # (B, K, G, N, W, .)
         if not wholes:
             chunks = q.shape[2] // window
             wholes = [x.new_empty(*x.shape[:3], chunks, *x.shape[4:], dtype=dtype) for x in views]
@@ -392,13 +391,17 @@ def _unfolded(blocks: Iterable[tuple[Tensor, ...]], q: Tensor, window: int, dtyp
     return [x.flatten(3, 4).flatten(1, 2) for x in wholes]
 
 
+def _chunks(x: Tensor, window: int, dim: int) -> Tensor:
+    """N W tokens in dimension `dim` as (N, W). With N by name: inferred sizes are sums that a trace cannot simplify."""
+    return x.unflatten(dim, (x.shape[dim] // window, window))
+
+
 def _fold_group(x: Tensor, kv_heads: int, window: int) -> Tensor:
     """(B, H, T, .) -> folded (B, K, N, G W, .)."""
-    x = x.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, window))
+    x = _chunks(x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)), window, 3)
     return x.transpose(2, 3).flatten(3, 4)
 
 
-def _unfold_group(x: Tensor, heads: int, window: int) -> Tensor:
+def _unfold_group(x: Tensor, window: int) -> Tensor:
     """The inverse of `_fold_group`: (B, K, N, G W, .) -> (B, H, T, .)."""
-    x = x.unflatten(3, (-1, window)).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2)
+    return _chunks(x, window, 3).transpose(2, 3).flatten(3, 4).flatten(1, 2)
