@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,24 @@ class TestChecks:
         assert record["values"]["errors"]["out"][0] == "nan"
         page = markdown(data_of([Section("s", "correctness", 1, ())], [record]))
         assert "| n | failed | 0.0 | out | nan |" in page
+
+
+def test_resources_of_kernels(monkeypatch):
+    """Read once from Triton's cache of what it compiled, and on the page the spilling ones first."""
+
+    def compiled(name: str, registers: int | None, spilled: int) -> SimpleNamespace:
+        metadata = SimpleNamespace(name=name, num_warps=4, num_stages=2, shared=1024)
+        return SimpleNamespace(metadata=metadata, n_regs=registers, n_spills=spilled)
+
+    cache = {"a": compiled("calm", 90, 0), "b": compiled("spilling", 255, 8), "c": compiled("never launched", None, 0)}
+    module = SimpleNamespace(kernel=SimpleNamespace(device_caches={0: (cache, None)}), number=1)
+    monkeypatch.setitem(sys.modules, "linearize.kernels.made_up", module)
+    record = run_step(Step("s", "n", lambda: {"kernels": attention.new_kernels()}))
+    assert [x["kernel"] for x in record["values"]["kernels"]] == ["calm", "spilling"]
+    assert record["values"]["kernels"][1]["local_bytes"] == 32
+    assert attention.new_kernels() == []
+    page = markdown(data_of([Section("s", "speed", 1, ())], [record]))
+    assert "| spilling | 4 | 2 | 255 | 32 | 1024 | n |\n| calm | 4 | 2 | 90 | 0 | 1024 | n |" in page
 
 
 def data_of(sections: list[Section], records: list[dict]) -> dict:
