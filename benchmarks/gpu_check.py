@@ -18,7 +18,7 @@ Exit status: 0 every correctness step passed or had nothing to do; 1 one failed,
 but the time limit left some out; 3 the arguments are wrong. Speed decides nothing.
 
 `--rehearse` runs the same on a CPU in Triton's interpreter, with tiny shapes in float32: it tests this program, not the
-kernels. What needs a GPU is then marked as skipped. (Under numpy 2.4 it takes Triton 3.7; the interpreter of 3.6 fails.)
+kernels. What needs a GPU is then marked as skipped. (Triton 3.6 interprets nothing under numpy 2.4.)
 """
 
 import argparse
