@@ -456,5 +456,4 @@ def attention_forward(
     at = g * T + t
     tl.store(stats + at, top, mask=there)
     tl.store(stats + plane + at, 1.0 / total, mask=there)
-    if FEATURES != "none":
-        tl.store(stats + 2 * plane + at, far, mask=there)
+    tl.store(stats + 2 * plane + at, far, mask=there)
