@@ -79,6 +79,15 @@ def project_back(
 
 
 @triton.jit
+def attend_back(queries, key, value, do, seen, top, near, error, scale, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """exp(logit - top) of the keys that are seen, and the gradient of q.k."""
+    logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
+    weights = tl.exp(tl.where(seen, logits - top[:, None], -float("inf")))
+    change = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
+    return weights, weights * (near[:, None] * change - error[:, None]) * scale
+
+
+@triton.jit
 def far_backward_queries(
     q,
     mix,
@@ -364,11 +373,8 @@ def near_backward_queries(
             stored = i < past + tokens
             key = tl.load(keys + i[:, None] * k_token + d, mask=stored[:, None] & (d < D), other=0.0)
             value = tl.load(values + i[:, None] * v_token + e, mask=stored[:, None] & (e < V), other=0.0)
-            logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
-            logits = tl.where(stored[None, :] & ((i - past)[None, :] <= t[:, None]), logits, -float("inf"))
-            weights = tl.exp(logits - top[:, None])
-            change = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
-            change = weights * (near[:, None] * change - error[:, None]) * scale
+            seen = stored[None, :] & ((i - past)[None, :] <= t[:, None])
+            weights, change = attend_back(queries, key, value, do, seen, top, near, error, scale, ACC, PRECISION)
             dq_acc += tl.dot(change.to(key.dtype), key, input_precision=PRECISION, out_dtype=ACC)
         if SINKS > 0:
             count = tl.minimum(tl.load(entry + SINK_COUNT), (chunk - 1) * WINDOW)
@@ -381,11 +387,10 @@ def near_backward_queries(
                 stored = i < count
                 key = tl.load(keys + i[:, None] * sink_k_token + d, mask=stored[:, None] & (d < D), other=0.0)
                 value = tl.load(values + i[:, None] * sink_v_token + e, mask=stored[:, None] & (e < V), other=0.0)
-                logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
-                logits = tl.where(stored[None, :], logits, -float("inf"))
-                weights = tl.exp(logits - top[:, None])
-                change = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=ACC)
-                change = (weights * (near[:, None] * change - error[:, None]) * scale).to(key.dtype)
+                weights, change = attend_back(
+                    queries, key, value, do, stored[None, :], top, near, error, scale, ACC, PRECISION
+                )
+                change = change.to(key.dtype)
                 dq_acc += tl.dot(change, key, input_precision=PRECISION, out_dtype=ACC)
                 # Padded queries have zeros for q and do, and so no part.
                 dkey = tl.dot(tl.trans(change), queries, input_precision=PRECISION, out_dtype=ACC)

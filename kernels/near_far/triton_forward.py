@@ -97,6 +97,19 @@ def load_state(base, rows, V, F, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def attend(queries, key, value, seen, top, total, acc, scale, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: (top, total, acc) with the keys that are seen, one at least now or before."""
+    logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
+    logits = tl.where(seen, logits, -float("inf"))
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp(logits - new_top[:, None])
+    shrink = tl.exp(top - new_top)
+    acc = acc * shrink[:, None]
+    acc += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION, out_dtype=ACC)
+    return new_top, total * shrink + tl.sum(weights, 1), acc
+
+
+@triton.jit
 def chunk_sums(
     x,
     y,
@@ -355,16 +368,9 @@ def attention_forward(
             i = begin + tl.arange(0, BLOCK_N)
             stored = i < past + tokens
             key = tl.load(keys + i[:, None] * k_token + d, mask=stored[:, None] & (d < D), other=0.0)
-            logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
-            logits = tl.where(stored[None, :] & ((i - past)[None, :] <= t[:, None]), logits, -float("inf"))
-            new_top = tl.maximum(top, tl.max(logits, 1))
-            weights = tl.exp(logits - new_top[:, None])
-            shrink = tl.exp(top - new_top)
-            total = total * shrink + tl.sum(weights, 1)
             value = tl.load(values + i[:, None] * v_token + e, mask=stored[:, None] & (e < V), other=0.0)
-            acc = acc * shrink[:, None]
-            acc += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION, out_dtype=ACC)
-            top = new_top
+            seen = stored[None, :] & ((i - past)[None, :] <= t[:, None])
+            top, total, acc = attend(queries, key, value, seen, top, total, acc, scale, ACC, PRECISION)
         if SINKS > 0:
             # Sinks inside the window are among its keys already.
             shown = tl.minimum(tl.load(entry + SINK_COUNT), (chunk - 1) * WINDOW)
@@ -375,16 +381,8 @@ def attention_forward(
                 i = begin + tl.arange(0, BLOCK_S)
                 stored = i < shown
                 key = tl.load(keys + i[:, None] * sink_k_token + d, mask=stored[:, None] & (d < D), other=0.0)
-                logits = tl.dot(queries, tl.trans(key), input_precision=PRECISION, out_dtype=ACC) * scale
-                logits = tl.where(stored[None, :], logits, -float("inf"))
-                new_top = tl.maximum(top, tl.max(logits, 1))
-                weights = tl.exp(logits - new_top[:, None])
-                shrink = tl.exp(top - new_top)
-                total = total * shrink + tl.sum(weights, 1)
                 value = tl.load(values + i[:, None] * sink_v_token + e, mask=stored[:, None] & (e < V), other=0.0)
-                acc = acc * shrink[:, None]
-                acc += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION, out_dtype=ACC)
-                top = new_top
+                top, total, acc = attend(queries, key, value, stored[None, :], top, total, acc, scale, ACC, PRECISION)
     else:
         total += 1.0
 
