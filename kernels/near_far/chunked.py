@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Bytes of a block's logits for each thread. With what else a block makes this is about a core's second-level cache.
-BLOCK_BYTES = 3 * 2**19
+BLOCK_BYTES = 2**20
 
 
 def near_far_chunked(
