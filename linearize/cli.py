@@ -286,6 +286,45 @@ def bench_compile(
         raise typer.Exit(1)
 
 
+@bench_app.command("kernels", cls=PlainCommand)
+def bench_kernels(
+    model: Annotated[str, typer.Option(help="Whose shape: SmolLM2-135M, Qwen3-0.6B or Llama-3.1-8B.")] = "SmolLM2-135M",
+    tokens: Annotated[str, typer.Option(help="Lengths in tokens; 1k = 1024.")] = "1k,4k,16k",
+    what: Annotated[str, typer.Option(help="Among forward, backward, decode.")] = "forward,backward,decode",
+    dtype: Annotated[str, typer.Option(help="Among float32, bfloat16, float16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    window: Window = DEFAULT.window,
+    sinks: Sinks = DEFAULT.sinks,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats, of which the median is shown.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time the PyTorch form under torch.compile too.")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSON; the page goes beside it.")] = Path(
+        "kernels.json"
+    ),
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure one layer's attention alone, by length, beside PyTorch's softmax attention of the same shape.
+
+    Example: linearize bench kernels --tokens 1k,4k,16k,32k --what forward
+    """
+    lengths = parse_tokens(tokens, "tokens")
+    if out.suffix != ".json":
+        raise LinearizeError(f"out: {str(out)!r} does not end in .json; name the file of the results, kernels.json")
+    _quiet()
+    import torch
+
+    from linearize.benchmarks.kernels import Problem, markdown, write_result
+    from linearize.benchmarks.kernels import bench_kernels as measure
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    whats, dtypes = ([name.strip() for name in text.split(",")] for text in (what, dtype))
+    problem = Problem(model, batch, window, sinks)
+    result = measure(problem, lengths, whats, dtypes, place, repeats, compiled, seed)
+    print(markdown(result).rstrip())
+    for path in write_result(out, result):
+        note(f"written: {path}")
+
+
 @app.command(cls=PlainCommand)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder: evaluate.json, bench.json, ...")],

@@ -228,7 +228,7 @@ class _SoftmaxLse(torch.autograd.Function):
         return weights, logits.amax(-1) - weights.amax(-1).log()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> Tensor:
         (weights,) = ctx.saved_tensors
         product = grad * weights
         return torch.addcmul(product, weights, (grad_lse - product.sum(-1))[..., None])
