@@ -98,28 +98,31 @@ def launch_best(key: tuple, candidates: Sequence[Choice], run: Callable[[Choice]
 
     where = (tensor.device.index, *key)
     index = _chosen.get(where)
+    capturing = torch.cuda.is_current_stream_capturing()
     if index is None:
         name = torch.cuda.get_device_name(tensor.device)
-        timed = None if torch.cuda.is_current_stream_capturing() else lambda i: _milliseconds(run, candidates[i])
+        timed = None if capturing else lambda i: _milliseconds(run, candidates[i], tensor.device)
         index = choose(f"{name}: {', '.join(map(str, key))}", len(candidates), timed)
-    while True:
+    # The chosen one, then the others by preference.
+    failure: Exception | None = None
+    for i in (index, *(i for i in range(len(candidates)) if i != index)):
         try:
-            run(candidates[index])
+            run(candidates[i])
         except OutOfResources as error:
-            if index + 1 == len(candidates):
-                from linearize.errors import LinearizeError
+            failure = error
+            continue
+        if not capturing:  # what was not timed for that reason may still be
+            _chosen[where] = i
+        return
+    from linearize.errors import LinearizeError
 
-                raise LinearizeError(
-                    f"backend: {key[0]} does not fit {torch.cuda.get_device_name(tensor.device)} with any blocks "
-                    f"({error}); use backend='torch'"
-                ) from error
-            index += 1
-        else:
-            _chosen[where] = index
-            return
+    raise LinearizeError(
+        f"backend: {key[0]} does not fit {torch.cuda.get_device_name(tensor.device)} with any blocks ({failure}); "
+        "use backend='torch'"
+    ) from failure
 
 
-def _milliseconds(run: Callable[[Choice], None], candidate: Choice) -> float:
+def _milliseconds(run: Callable[[Choice], None], candidate: Choice, device: torch.device) -> float:
     """The best of a few launches, compilation apart; infinity where the candidate does not fit."""
     from triton.runtime.errors import OutOfResources
 
@@ -130,9 +133,10 @@ def _milliseconds(run: Callable[[Choice], None], candidate: Choice) -> float:
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        stream = torch.cuda.current_stream(device)
+        start.record(stream)
         run(candidate)
-        end.record()
+        end.record(stream)
         end.synchronize()
         times.append(start.elapsed_time(end))
     return min(times)

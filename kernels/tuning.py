@@ -40,6 +40,7 @@ def remember(key: str, choice: int) -> None:
     choices = _choices()
     choices[key] = choice
     path = tuning_file()
+    choices |= _read() | {key: choice}  # what other processes have found meanwhile
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,11 @@ def remember(key: str, choice: int) -> None:
 
 @lru_cache(maxsize=1)
 def _choices() -> dict[str, int]:
+    """What this process knows: the file's content when it was first asked, and its own findings."""
+    return _read()
+
+
+def _read() -> dict[str, int]:
     """The file's content; a file that is missing or no such table counts as empty."""
     try:
         found = json.loads(tuning_file().read_text(encoding="utf-8"))

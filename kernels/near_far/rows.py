@@ -18,7 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "is_contiguous_mask", "rows_of_batch", "rows_of_documents", "rows_of_lengths", "rows_of_mask"]
+__all__ = [
+    "Rows",
+    "is_contiguous_mask",
+    "may_keep",
+    "real_tokens",
+    "rows_of_batch",
+    "rows_of_documents",
+    "rows_of_lengths",
+    "rows_of_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,30 @@ class Rows:
 
 def rows_of_batch(batch: int, length: int, window: int, sinks: int, device: torch.device) -> Rows:
     """`batch` rows of `length` real tokens each. The layers of a model ask for the same one; the last few are kept."""
-    key = batch, length, window, sinks, device
-    # What is traced holds symbols and tensors without data, which are of no use to anyone else.
-    if torch.compiler.is_compiling():
-        return _rows_of_batch(*key)
+    sizes = batch, length, window, sinks, device
+    # What is traced holds symbols, and what a CUDA graph captures is its own: neither is of use to anyone else, and a
+    # graph must not depend on a table that is dropped one day.
+    if not may_keep(device):
+        return _rows_of_batch(*sizes)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = *sizes, stream
     rows = _kept.pop(key, None)
     if rows is None:
         with torch.inference_mode(False):  # a later call may save the tables for its backward pass
-            rows = _rows_of_batch(*key)
+            rows = _rows_of_batch(*sizes)
         if type(rows.chunks) is not Tensor:
             return rows
     _kept[key] = rows
     while len(_kept) > KEPT:
         del _kept[next(iter(_kept))]
     return rows
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether a table made now may serve a later call: not while torch.compile traces or a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 KEPT = 64
@@ -135,3 +154,14 @@ def rows_of_lengths(
         count,
         padded,
     )
+
+
+def real_tokens(rows: Rows, batch: int, length: int, window: int) -> Tensor:
+    """(B, T) bool: the columns that belong to a sequence."""
+    row, column, tokens = (x.long() for x in rows.chunks[:-1, :3].unbind(-1))
+    offset = torch.arange(window, device=rows.chunks.device)
+    inside = offset < tokens[:, None]
+    # Columns of tokens that are not there go to a place behind all others.
+    at = torch.where(inside, (row * length + column)[:, None] + offset, batch * length)
+    real = torch.zeros(batch * length + 1, dtype=torch.bool, device=rows.chunks.device)
+    return real.index_fill(0, at.flatten(), True)[:-1].view(batch, length)

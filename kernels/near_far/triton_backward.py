@@ -87,7 +87,7 @@ def attend_back(queries, key, value, do, seen, top, near, error, scale, ACC: tl.
     return weights, weights * (near[:, None] * change - error[:, None]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "plane"])
 def far_backward_queries(
     q,
     mix,
@@ -147,7 +147,7 @@ def far_backward_queries(
     TILES: tl.constexpr = (GROUP * WINDOW + BLOCK_M - 1) // BLOCK_M
     p = tl.program_id(0) // TILES
     first = (tl.program_id(0) % TILES) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     if tokens == 0:
@@ -260,7 +260,7 @@ def far_backward_queries(
             tl.store(dmix + per_row + at_row, dlogit, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "plane"])
 def near_backward_queries(
     q,
     k,
@@ -324,7 +324,7 @@ def near_backward_queries(
     p = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     first = tile * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     if tokens == 0:
@@ -404,7 +404,7 @@ def near_backward_queries(
     tl.store(dq + at, dq_acc.to(dq.dtype.element_ty), mask=there[:, None] & (d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def far_backward_keys(
     k,
     v,
@@ -446,7 +446,7 @@ def far_backward_keys(
     TILES: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // TILES
     first = (tl.program_id(0) % TILES) * BLOCK_N
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     if first >= tokens:
@@ -499,7 +499,7 @@ def far_backward_keys(
     tl.store(dv_far + at, dv_acc, mask=stored[:, None] & (e < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "plane"])
 def near_backward_keys(
     q,
     k,
@@ -554,7 +554,7 @@ def near_backward_keys(
     TILES: tl.constexpr = (WINDOW + BLOCK_N - 1) // BLOCK_N
     p = tl.program_id(0) // TILES
     first = (tl.program_id(0) % TILES) * BLOCK_N
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     if first >= tokens:

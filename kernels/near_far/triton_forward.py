@@ -109,7 +109,7 @@ def attend(queries, key, value, seen, top, total, acc, scale, ACC: tl.constexpr,
     return new_top, total * shrink + tl.sum(weights, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["factor", "factor_norm"])
 def chunk_sums(
     x,
     y,
@@ -156,7 +156,8 @@ def chunk_sums(
     (B, H, T), over the rows of the whole group. Axis 2 of the grid counts blocks of V and of F, of which hedgehog has
     two, its halves.
     """
-    p, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    p, block = tl.program_id(0), tl.program_id(2)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     row = tl.load(entry + ROW).to(tl.int64)
@@ -259,7 +260,7 @@ def prefix_sums(
             total += new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "plane"])
 def attention_forward(
     q,
     k,
@@ -332,7 +333,7 @@ def attention_forward(
     TILES: tl.constexpr = (GROUP * WINDOW + BLOCK_M - 1) // BLOCK_M
     p = tl.program_id(0) // TILES
     first = (tl.program_id(0) % TILES) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # times a stride it may leave 32 bits
     entry = chunks + p * FIELDS
     tokens = tl.load(entry + TOKENS)
     if tokens == 0:
