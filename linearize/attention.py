@@ -12,7 +12,7 @@ from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry
 from linearize.kernels.near_far import MIXERS, Mixer, near_far_attention
-from linearize.kernels.near_far.mixers import accumulation_dtype
+from linearize.kernels.near_far.mixers import accumulation_dtype, full_precision
 
 __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
@@ -151,7 +151,8 @@ class ConvertedAttention(nn.Module):
         if not self.switch.converted:
             if self.switch.observer is not None:
                 q, k, v = self._project(hidden_states, position_embeddings)
-                self.switch.observer(Observation(self, q, k, v, near_far_mask))
+                with full_precision(q):
+                    self.switch.observer(Observation(self, q.to(v.dtype), k.to(v.dtype), v, near_far_mask))
             return self.original(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -160,6 +161,15 @@ class ConvertedAttention(nn.Module):
                 **kwargs,
             )
         q, k, v = self._project(hidden_states, position_embeddings)
+        # Under autocast the rotary embedding widens what the projections narrowed.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        with full_precision(q):
+            out = self._attend(q, k, v, past_key_values, near_far_mask)
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past_key_values: Any, near_far_mask: Tensor | None) -> Tensor:
+        """Near-and-far attention (B, H, T, V), of the whole text or as a step of the cache."""
         options: dict[str, Any] = {
             "window": self.linearize_config.window,
             "sinks": self.linearize_config.sinks,
@@ -168,17 +178,14 @@ class ConvertedAttention(nn.Module):
             "mask": near_far_mask,
         }
         if past_key_values is None:
-            out = near_far_attention(q, k, v, self.mixer, self.mix_logit(q), **options)
-        else:
-            layer = past_key_values.layers[self.layer_idx]
-            if not isinstance(layer, NearFarLayer):
-                raise LinearizeError(
-                    f"cache: layer {self.layer_idx} is a {type(layer).__name__}, which a converted layer cannot use; "
-                    "call the model as a whole, which gives a cache its layers"
-                )
-            out = layer.step(q, k, v, self.mixer, self.mix_logit(q), **options)
-        out = out.transpose(1, 2).flatten(2)
-        return self.o_proj(out), None
+            return near_far_attention(q, k, v, self.mixer, self.mix_logit(q), **options)
+        layer = past_key_values.layers[self.layer_idx]
+        if not isinstance(layer, NearFarLayer):
+            raise LinearizeError(
+                f"cache: layer {self.layer_idx} is a {type(layer).__name__}, which a converted layer cannot use; "
+                "call the model as a whole, which gives a cache its layers"
+            )
+        return layer.step(q, k, v, self.mixer, self.mix_logit(q), **options)
 
     def _project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q (B, H, T, D), k and v (B, K, T, D), as the original attention sees them."""

@@ -663,6 +663,30 @@ class TestBadInputs:
                 "mixer is a str; give a Mixer, such as Hedgehog(heads, kv_heads, head_dim), or None",
             ),
             ({"mask": torch.ones(2, 5).bool()}, "mask has shape (2, 5); it needs (2, 6)"),
+            (
+                {"mask": torch.ones(2, 6, device="meta").bool()},
+                "mask is on meta but q is on cpu; move them to one device",
+            ),
+            (
+                {"mix_logit": torch.zeros(4, device="meta")},
+                "mix_logit is on meta but q is on cpu; move them to one device",
+            ),
+            (
+                {"mixer": Hedgehog(4, 2, 8).to("meta")},
+                "the mixer is on meta but q is on cpu; move them to one device",
+            ),
+            (
+                {"mixer": Hedgehog(2, 1, 8)},
+                "mixer Hedgehog is for 2 heads on 1 of size 8, not 4 on 2 of size 8; make one with Hedgehog(4, 2, 8)",
+            ),
+            (
+                {"mixer": Hedgehog(4, 2, 4)},
+                "mixer Hedgehog is for 4 heads on 2 of size 4, not 4 on 2 of size 8; make one with Hedgehog(4, 2, 8)",
+            ),
+            (
+                {"q": torch.zeros(2, 4, 6, 8).to(torch.float8_e4m3fn)},
+                "q is torch.float8_e4m3fn; convert it to float32, bfloat16, float16 or float64",
+            ),
             ({"mask": torch.ones(2, 1, 6, 6).bool()}, "mask has shape (2, 1, 6, 6); it needs (2, 6)"),
         ],
         ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -725,6 +749,68 @@ class TestBadInputs:
             assert out.shape == (0, 4, 6, 5)
         out.sum().backward()
         assert q.grad.shape == q.shape
+
+
+class TestStepsThatDoNotFit:
+    """A kernel would read and write beyond a memory that is not that of these tensors."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"batch": 3},
+            {"kv_heads": 4},
+            {"size": 16},
+            {"window": 8},
+            {"sinks": 2},
+            {"dtype": torch.float64},
+            {"mixer": None},
+            {"mixer": Hedgehog(4, 2, 8, 5)},
+            {"device": "meta"},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_other_than_the_memory(self, changes):
+        kept = {"batch": 2, "kv_heads": 2, "size": 8, "dtype": torch.float32, "device": "cpu"}
+        k = torch.zeros(2, 2, 1, 8)
+        mixer = Hedgehog(4, 2, 8)
+        memory = Memory.empty(k, k, mixer, window=4, sinks=1)
+        new = kept | {name: x for name, x in changes.items() if name in kept}
+        q, k = (
+            torch.zeros(new["batch"], heads, 1, new["size"], dtype=new["dtype"], device=new["device"])
+            for heads in (4, new["kv_heads"])
+        )
+        options = {"window": changes.get("window", 4), "sinks": changes.get("sinks", 1)}
+        mixer = changes.get("mixer", mixer)
+        if "size" in changes:
+            mixer = Hedgehog(4, 2, 16, 8)
+        if "kv_heads" in changes:
+            mixer = Hedgehog(4, 4, 8)
+        if "device" in changes:
+            mixer = mixer.to("meta")
+        with (
+            torch.no_grad(),
+            pytest.raises(LinearizeError, match="near_far_step: the memory holds 2 rows of 2 key heads"),
+        ):
+            near_far_step(q, k, k, memory, mixer, **options)
+
+    def test_wrong_by_themselves(self):
+        k = torch.zeros(2, 2, 1, 8)
+        memory = Memory.empty(k, k, None, window=4, sinks=1)
+        with pytest.raises(LinearizeError, match="near_far_step: 3 query heads are no multiple of 2 key heads"):
+            near_far_step(torch.zeros(2, 3, 1, 8), k, k, memory, window=4, sinks=1)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_float32_stays_float32(self, backend):
+        """Features sit in exponents; in mixed-precision training they are computed as outside of it."""
+        q, k, v, mixer, mix_logit = make_inputs((1, 2, 1, 29, 6, 4, 4, 2, 6), torch.float32)
+        options = {"window": 4, "sinks": 2, "backend": backend}
+        expected = near_far_attention(q, k, v, mixer, mix_logit, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(near_far_attention(q, k, v, mixer, mix_logit, **options), expected)
+            steps, _ = in_steps([20, 1, 1, 7], q, k, v, mixer, mix_logit, window=4, sinks=2, mix="normalizer")
+        assert_near(steps, expected)
 
 
 class TestDocuments:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import LinearizeError
+from linearize.kernels.launch import launch
 from linearize.kernels.near_far import Hedgehog, near_far_attention, near_far_reference
 from linearize.kernels.near_far.ops import far_read
 from tests.near_far_cases import FAR, Functional, far_options, in_steps, make_inputs, make_mask
@@ -458,7 +459,7 @@ class TestOddInputs:
         assert torch.equal(out[1], clean[1])
         assert torch.equal(out[0, :, :16], clean[0, :, :16])
 
-    @pytest.mark.parametrize("backend", ["torch", "triton"])
+    @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
     def test_nan_in_padding_is_never_read(self, backend, device):
         place = device if backend == "triton" else torch.device("cpu")
         q, k, v, mixer, mix_logit = make_inputs((2, 2, 1, 40, 16, 16, 8, 2, 8), torch.float32)
@@ -653,3 +654,79 @@ class TestTables:
         for length in range(1, 100):
             rows.rows_of_batch(1, length, 8, 0, torch.device("cpu"))
         assert len(rows._kept) == rows.KEPT
+
+    def test_a_mask_is_looked_at_again_when_it_changes(self, device):
+        q, k, v, mixer, _ = make_inputs((2, 2, 1, 30, 16, 16, 8, 2, 8), torch.float32)
+        inputs, mixer = [x.to(device) for x in (q, k, v)], mixer.to(device)
+        mask = make_mask("left", 2, 30).to(device)
+        options = {"window": 8, "sinks": 2, "mask": mask}
+        for change in (None, (0, slice(0, 9), False), (1, slice(12, 15), False), (1, slice(12, 15), True)):
+            if change is not None:
+                mask[change[0], change[1]] = change[2]
+            expected = near_far_attention(*inputs, mixer, **options, backend="torch")
+            for _ in range(2):
+                out = near_far_attention(*inputs, mixer, **options, backend="triton")
+                assert worst(out.cpu(), expected.cpu()) <= 2e-5
+
+    def test_columns_of_sequences(self):
+        from linearize.kernels.near_far.rows import real_tokens, rows_of_documents, rows_of_mask
+
+        mask = make_mask("left", 3, 30)
+        assert torch.equal(real_tokens(rows_of_mask(mask, 8, 2), 3, 30, 8), mask)
+        assert bool(real_tokens(rows_of_documents(torch.tensor([0, 3, 3, 30]), 30, 8, 2), 1, 30, 8).all())
+
+
+class TestOnlySomeGradients:
+    @pytest.mark.parametrize("wanted", ["mix_logit", "weights", "q"])
+    def test_the_same_numbers(self, wanted, device):
+        results = []
+        for everything in (True, False):
+            q, k, v, mixer, mix_logit = make_inputs((1, 2, 1, 40, 16, 16, 8, 2, 8), torch.float32, grad=True)
+            asked = {"mix_logit": [mix_logit], "weights": list(mixer.parameters()), "q": [q]}[wanted]
+            if not everything:
+                for x in (q, k, v, mix_logit, *mixer.parameters()):
+                    x.requires_grad_(any(x is y for y in asked))
+            out = near_far_attention(
+                *(x.to(device) for x in (q, k, v)), mixer_on(mixer, device), mix_logit.to(device), window=8, sinks=2,
+                backend="triton",
+            )  # fmt: skip
+            results.append(gradients(out, asked))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_the_far_side_alone_computes_none_of_the_inputs(self, device, monkeypatch):
+        """Attention transfer trains the mixer: dq, dk and dv would be half of its backward pass."""
+        from linearize.kernels.near_far import triton_near_far
+
+        launched = []
+        monkeypatch.setattr(
+            triton_near_far,
+            "launch",
+            lambda kernel, *a, **k: (launched.append(kernel.__name__), launch(kernel, *a, **k)),
+        )
+        q, k, v, mixer, _ = make_inputs((1, 2, 1, 40, 16, 16, 8, 2, 8), torch.float32)
+        mixer = mixer.to(device)
+        value, _ = far_read(*(x.to(device) for x in (q, k, v)), mixer, window=8, sinks=2, backend="triton")
+        torch.autograd.grad(value.sum(), list(mixer.parameters()))
+        assert "far_backward_keys" in launched
+        assert not {"near_backward_queries", "near_backward_keys"} & set(launched)
+
+
+class TestPaddingThatIsNan:
+    @pytest.mark.parametrize("features", ["inside", "given"])
+    @pytest.mark.parametrize("padding", ["left", "holes"])
+    def test_no_gradient_sees_it(self, padding, features, device):
+        results = []
+        for loud in (False, True):
+            q, k, v, mixer, mix_logit = make_inputs((2, 2, 1, 40, 16, 16, 8, 2, 8), torch.float32, grad=True)
+            mask = make_mask(padding, 2, 40)
+            fill = torch.nan if loud else 0.0
+            inputs = [x.masked_fill(~mask[:, None, :, None], fill).to(device) for x in (q, k, v)]
+            own = mixer_on(mixer, device)
+            if features == "given":
+                own = Functional(mixer, {n: p.to(device) for n, p in mixer.named_parameters()})
+            out = near_far_attention(
+                *inputs, own, mix_logit.to(device), window=8, sinks=2, mask=mask.to(device), backend="triton"
+            )
+            results.append([out.detach(), *gradients(out, [q, k, v, mix_logit, *mixer.parameters()])])
+        for loud, quiet in zip(*reversed(results), strict=True):
+            assert torch.equal(loud, quiet)

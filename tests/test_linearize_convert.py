@@ -738,3 +738,21 @@ def test_attention_maps_are_refused():
         student(make_tokens(1, 9), output_attentions=True)
     with original_attention(student):
         student(make_tokens(1, 9), output_attentions=True)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_mixed_precision_training(use_cache):
+    """float32 weights under autocast, as trainers with `bf16=True` run them: rotary embeddings widen q and k again."""
+    student = make_student("llama", "normalizer")
+    tokens = make_tokens(2, 40)
+    expected = student(input_ids=tokens, use_cache=False).logits
+    student.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = student(input_ids=tokens, labels=tokens, use_cache=use_cache)
+    assert (out.logits.float() - expected).norm() <= 0.05 * expected.norm()
+    out.loss.backward()
+    for layer in converted_layers(student).values():
+        for parameter in (*layer.mixer.parameters(), *layer.mix.parameters()):
+            assert parameter.grad.dtype == torch.float32
+            assert bool(parameter.grad.isfinite().all())
+            assert bool(parameter.grad.any())

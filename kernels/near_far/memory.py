@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend, log_once
+from .checks import check_inputs
 from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks
-from .mixers import Hedgehog, Mixer, State, accumulation_dtype, state_obstacle
+from .mixers import Hedgehog, Mixer, State, accumulation_dtype, full_precision, state_obstacle
 from .pack import pack_rows, unpack_rows
 
 __all__ = ["Memory", "near_far_step"]
@@ -113,15 +114,58 @@ def near_far_step(
     not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
     `triton_decode` where its kernels run.
     """
+    if not _fits(memory, q, k, v, mixer, window, sinks):
+        _complain(memory, q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
-    if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
-        if chosen == "triton" and _steps_in_triton(mixer):
-            from .triton_decode import triton_step
+    with full_precision(q):
+        if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
+            if chosen == "triton" and _steps_in_triton(mixer):
+                from .triton_decode import triton_step
 
-            return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
-        return _one_token(q, k, v, memory, mixer, mix_logit, **options)
-    return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
+                return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
+            return _one_token(q, k, v, memory, mixer, mix_logit, **options)
+        return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
+
+
+def _fits(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, window: int, sinks: int) -> bool:
+    """Whether tensors and memory belong together. Asked at every token, so no message is made here."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        return False
+    (batch, heads, new, size), kv_heads, value_size = q.shape, k.shape[1], v.shape[3]
+    fits = (
+        q.dtype == k.dtype == v.dtype == memory.near_k.dtype == memory.near_v.dtype
+        and q.device == k.device == v.device == memory.near_k.device == memory.lengths.device
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and k.shape == (batch, kv_heads, new, size)
+        and v.shape == (batch, kv_heads, new, value_size)
+        and memory.near_k.shape == (batch, kv_heads, 2 * window, size)
+        and memory.near_v.shape == (batch, kv_heads, 2 * window, value_size)
+        and memory.sink_k.shape == (batch, kv_heads, sinks, size)
+        and memory.sink_v.shape == (batch, kv_heads, sinks, value_size)
+        and memory.lengths.shape == (batch,)
+        and (mixer is None) == (memory.state is None)
+    )
+    if not fits or mixer is None or memory.state is None:
+        return fits
+    return memory.state.s.shape == (batch, kv_heads, mixer.num_features, value_size) and (
+        mixer.obstacle(heads, kv_heads, size) is None
+    )
+
+
+def _complain(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, mix_logit, *options: Any) -> None:
+    """The error for what does not fit."""
+    from linearize.errors import LinearizeError
+
+    check_inputs(q, k, v, mixer, mix_logit, *options, function="near_far_step")
+    batch, kv_heads, slots, size = memory.near_k.shape
+    features = "no state" if memory.state is None else f"a state of {memory.state.s.shape[2]} features"
+    raise LinearizeError(
+        f"near_far_step: the memory holds {batch} rows of {kv_heads} key heads, {memory.near_k.dtype} of {size} and "
+        f"{memory.near_v.shape[3]}, for window {slots // 2} and {memory.sink_k.shape[2]} sinks, with {features}, on "
+        f"{memory.near_k.device}; these keys and values, options or mixer are others: start with Memory.empty for them"
+    )
 
 
 def _steps_in_triton(mixer: Mixer | None) -> bool:

@@ -44,6 +44,9 @@ def near_far_reference(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask.bool()
 
+    # A NaN in a token that nobody sees would still be one, times zero.
+    q, k, v = (x.masked_fill(~real[:, None, :, None], 0) for x in (q, k, v))
+
     position = real.long().cumsum(-1) - 1
     query, key = position[:, None, :, None], position[:, None, None, :]
     seen = (key <= query) & real[:, None, None, :]

@@ -1,6 +1,7 @@
 """Launches the decode step of `triton_decode_kernels`: tiles and splits for a shape and a target, and buffers."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -49,6 +50,7 @@ class Blocks:
     FOLD_SHARE: int
 
 
+@lru_cache(maxsize=256)  # half of a step's time on the host otherwise
 def decode_blocks(
     target: Target,
     *,

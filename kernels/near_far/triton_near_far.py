@@ -13,10 +13,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import log_once
 from ..devices import Target
 from ..launch import current_target, launch, launch_best
 from .mixers import Hedgehog, Mixer
-from .rows import Rows
+from .rows import Rows, real_tokens
 from .triton_backward import (
     far_backward_keys,
     far_backward_queries,
@@ -33,6 +34,7 @@ __all__ = [
     "empty_outputs",
     "far_dtype",
     "far_states",
+    "features_kind",
     "features_of",
     "near_far_backward",
     "near_far_forward",
@@ -79,14 +81,25 @@ def features_of(mixer: Mixer | None, q: Tensor, k: Tensor) -> tuple[str, Tensor 
     Hedgehog's weights (H, D, HALF) and (K, D, HALF) where a tile of features fits in registers; any other mixer's
     features (B, H, T, F) and (B, K, T, F), in the dtype of the far products.
     """
-    if mixer is None:
+    kind = features_kind(mixer, q)
+    if mixer is None or kind == "none":
         return "none", None, None
-    if type(mixer) is Hedgehog:
-        half = mixer.query_weight.shape[-1]
-        if half <= FUSED_HALF and q.shape[-1] <= FUSED_HEAD_DIM:
-            return "hedgehog", mixer.query_weight, mixer.key_weight
+    if kind == "hedgehog":
+        assert isinstance(mixer, Hedgehog)
+        return kind, mixer.query_weight, mixer.key_weight
+    if q.is_cuda:
+        log_once(f"the features of {type(mixer).__name__} are computed by PyTorch, outside the Triton kernels")
     dtype = far_dtype(q.dtype)
-    return "given", mixer.query_features(q).to(dtype), mixer.key_features(k).to(dtype)
+    return kind, mixer.query_features(q).to(dtype), mixer.key_features(k).to(dtype)
+
+
+def features_kind(mixer: Mixer | None, q: Tensor) -> str:
+    """ "none", "hedgehog" (weights, which the kernels apply) or "given" (features that PyTorch computes)."""
+    if mixer is None:
+        return "none"
+    if type(mixer) is not Hedgehog or q.shape[-1] > FUSED_HEAD_DIM:
+        return "given"
+    return "hedgehog" if mixer.query_weight.shape[-1] <= FUSED_HALF else "given"
 
 
 def far_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,14 +173,17 @@ def near_far_backward(
     rows: Rows,
     problem: Problem,
     need_weights: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, mix (B, H, T), and of the features or their weights; see `triton_backward`."""
+    need_inputs: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, mix (B, H, T), and of the features or their weights; see `triton_backward`.
+
+    need_inputs: those of q, k and v are wanted; need_weights: those of hedgehog's weights. None where they are not.
+    """
     call = _Call(q, k, v, query_features, rows, problem)
     far = problem.features != "none"
     states = call.far_states(k, v, key_features, None) if far else None
     dout = call.last_contiguous(dout)
     # Chunks without a far side, and padding, are not written.
-    dq, dk, dv = (torch.zeros_like(x) if rows.padded else torch.empty_like(x) for x in (q, k, v))
     passed = torch.empty_like(stats)
     dmix = None if mix is None else torch.zeros_like(stats[0])
     dphi_q = dphi_k = dv_far = None
@@ -191,26 +207,6 @@ def near_far_backward(
         dphi=dphi_q,
         passed=passed,
     )
-    near = problem.mix != "far"
-    sinks = problem.sinks if near else 0
-
-    def sink_parts(blocks: Blocks) -> dict[str, Tensor]:
-        shape = rows.count, call.tiles(blocks.constants["BLOCK_M"]), call.kv_heads, sinks
-        return {
-            name: torch.empty(*shape, x.shape[-1], dtype=call.wide, device=q.device)
-            for name, x in (("dsink_k", k), ("dsink_v", v))
-        }
-
-    parts = call.run(
-        near_backward_queries,
-        "queries",
-        sink_parts,
-        **call.tensors(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
-        **call.weights(query_features),
-        stats=stats,
-        dphi=dphi_q,
-        passed=passed,
-    )
     if far:
         sums, norms = call.chunk_sums(q, dout, query_features, call.group, (stats[2], passed[2]))
         call.run(
@@ -223,26 +219,58 @@ def near_far_backward(
             dphi=dphi_k,
             dv_far=dv_far,
         )
-    call.run(
-        near_backward_keys,
-        "keys",
-        **call.tensors(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
-        **call.weights(key_features),
-        stats=stats,
-        passed=passed,
-        dphi=dphi_k,
-        dv_far=dv_far,
-    )
-    if sinks:
-        call.add_sinks(parts["dsink_k"], dk)
-        call.add_sinks(parts["dsink_v"], dv)
+    dq = dk = dv = None
+    if need_inputs:
+        # Padding is not written.
+        dq, dk, dv = (torch.zeros_like(x) if rows.padded else torch.empty_like(x) for x in (q, k, v))
+        sinks = 0 if problem.mix == "far" else problem.sinks
+
+        def sink_parts(blocks: Blocks) -> dict[str, Tensor]:
+            shape = rows.count, call.tiles(blocks.constants["BLOCK_M"]), call.kv_heads, sinks
+            return {
+                name: torch.empty(*shape, x.shape[-1], dtype=call.wide, device=q.device)
+                for name, x in (("dsink_k", k), ("dsink_v", v))
+            }
+
+        parts = call.run(
+            near_backward_queries,
+            "queries",
+            sink_parts,
+            **call.tensors(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
+            **call.weights(query_features),
+            stats=stats,
+            dphi=dphi_q,
+            passed=passed,
+        )
+        call.run(
+            near_backward_keys,
+            "keys",
+            **call.tensors(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
+            **call.weights(key_features),
+            stats=stats,
+            passed=passed,
+            dphi=dphi_k,
+            dv_far=dv_far,
+        )
+        if sinks:
+            call.add_sinks(parts["dsink_k"], dk)
+            call.add_sinks(parts["dsink_v"], dv)
     if problem.features == "hedgehog":
         assert dphi_q is not None
         assert dphi_k is not None
         if not need_weights:
             return dq, dk, dv, dmix, None, None
-        return dq, dk, dv, dmix, _weight_gradient(q, dphi_q), _weight_gradient(k, dphi_k)
+        return (
+            dq,
+            dk,
+            dv,
+            dmix,
+            *(_weight_gradient(x, dp, rows, problem.window) for x, dp in ((q, dphi_q), (k, dphi_k))),
+        )
     return dq, dk, dv, dmix, dphi_q, dphi_k
+
+
+_blocks: dict[tuple, list[Blocks]] = {}
 
 
 class _Call:
@@ -256,6 +284,7 @@ class _Call:
         self.target: Target = current_target(q.device)
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.half = self.num_features = 0
+        self._operands: dict[int, dict[str, Any]] = {}
         if features is not None:
             self.half = features.shape[-1]
             self.num_features = self.half * (2 if problem.features == "hedgehog" else 1)
@@ -266,7 +295,11 @@ class _Call:
 
     def blocks(self, kernel: Any, **changes: Any) -> list[Blocks]:
         """The kernel's blocks at these sizes, by preference."""
-        return candidates(kernel.__name__, self.key() | changes, self.target)
+        key = self.key() | changes
+        where = kernel.__name__, self.target, *key.values()
+        if where not in _blocks:
+            _blocks[where] = candidates(kernel.__name__, key, self.target)
+        return _blocks[where]
 
     def key(self) -> dict[str, Any]:
         """What blocks are chosen by."""
@@ -359,12 +392,14 @@ class _Call:
         """Hedgehog's weights as operands: themselves, or two terms of the 16-bit dtype that add up to them."""
         if self.problem.features != "hedgehog" or features is None:
             return {"weight": None, "weight_low": None}
-        weight = features.detach()
-        high = weight.to(self.q.dtype).contiguous()
-        low = None
-        if self.q.dtype not in (torch.float32, torch.float64):
-            low = (weight - high.to(weight.dtype)).to(self.q.dtype).contiguous()
-        return {"weight": high, "weight_low": low}
+        if id(features) not in self._operands:
+            weight = features.detach()
+            high = weight.to(self.q.dtype).contiguous()
+            low = None
+            if self.q.dtype not in (torch.float32, torch.float64):
+                low = (weight - high.to(weight.dtype)).to(self.q.dtype).contiguous()
+            self._operands[id(features)] = {"weight": high, "weight_low": low}
+        return self._operands[id(features)]
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """out, laid out for the projection that follows, and stats."""
@@ -466,10 +501,12 @@ def empty_outputs(q: Tensor, value_dim: int, padded: bool) -> tuple[Tensor, Tens
     return out, make(3, batch, heads, length, dtype=wide, device=q.device)
 
 
-def _weight_gradient(x: Tensor, dp: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, dp: Tensor, rows: Rows, window: int) -> Tensor:
     """sum over batch and tokens of x^T dp, (heads, D, HALF), accumulated in float32 (float64)."""
+    if rows.padded:  # dp is 0 there, but a NaN times 0 is one
+        x = torch.where(real_tokens(rows, x.shape[0], x.shape[2], window)[:, None, :, None], x, 0)
     x, dp = (y.transpose(0, 1).flatten(1, 2) for y in (x, dp))
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+    if x.is_cuda and x.element_size() == 2 and not torch.version.hip:
         return torch.bmm(x.transpose(1, 2), dp, out_dtype=torch.float32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.to(wide).transpose(1, 2) @ dp.to(wide)

@@ -4,6 +4,8 @@
 torch.export see one node each and look no further.
 """
 
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +13,25 @@ from torch import Tensor
 
 from .mixers import Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
-from .rows import Rows, is_contiguous_mask, rows_of_batch, rows_of_documents, rows_of_lengths, rows_of_mask
-from .triton_near_far import Problem, empty_outputs, far_states, features_of, near_far_backward, near_far_forward
+from .rows import (
+    Rows,
+    is_contiguous_mask,
+    may_keep,
+    real_tokens,
+    rows_of_batch,
+    rows_of_documents,
+    rows_of_lengths,
+    rows_of_mask,
+)
+from .triton_near_far import (
+    Problem,
+    empty_outputs,
+    far_states,
+    features_kind,
+    features_of,
+    near_far_backward,
+    near_far_forward,
+)
 
 __all__ = ["far_triton", "near_far_operator", "near_far_rows", "near_far_triton"]
 
@@ -38,23 +57,45 @@ def near_far_triton(
     """
     batch, heads, length, _ = q.shape
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    holes = mask is not None and (torch.compiler.is_compiling() or not bool(is_contiguous_mask(mask)))
     if mix_logit is not None:
         mix_logit = mix_logit[None, :, None].expand(batch, heads, length) if mix_logit.ndim == 1 else mix_logit
-    columns = mask
-    if mask is not None and holes:
-        q, k, v = pack_rows(mask, q, k, v)
-        if mix_logit is not None:
-            mix_logit = pack_rows(mask, mix_logit[..., None])[0].squeeze(-1)
-        columns = torch.arange(length, device=q.device) < mask.bool().sum(-1)[:, None]
+    holes = False
     if cu_seqlens is not None:
         rows = rows_of_documents(cu_seqlens, length, window, sinks)
-    elif columns is not None:
-        rows = rows_of_mask(columns, window, sinks)
+    elif mask is not None:
+        holes, rows = _rows_behind(mask, window, sinks)
+        if holes:
+            q, k, v = pack_rows(mask, q, k, v)
+            if mix_logit is not None:
+                mix_logit = pack_rows(mask, mix_logit[..., None])[0].squeeze(-1)
+        if features_kind(mixer, q) == "given":  # features of a padding token that is NaN would have NaN gradients
+            real = real_tokens(rows, batch, length, window)[:, None, :, None]
+            q, k = (torch.where(real, x, 0) for x in (q, k))
     else:
         rows = rows_of_batch(batch, length, window, sinks, q.device)
     out, _ = _apply(q, k, v, mixer, mix_logit, rows, window, sinks, mix, scale)
     return unpack_rows(mask, out) if holes else out
+
+
+def _rows_behind(mask: Tensor, window: int, sinks: int) -> tuple[bool, Rows]:
+    """(whether the real tokens have to be moved together first, the table). All layers of a model hand over the same
+    mask: what the last one needed a look at the data for is kept for it."""
+    known = _last_mask.get("rows")
+    shareable = may_keep(mask.device) and not mask.is_inference()
+    if shareable and known is not None and known[0]() is mask and known[1:4] == (mask._version, window, sinks):
+        return known[4]
+    holes = not may_keep(mask.device) or not bool(is_contiguous_mask(mask))
+    columns = mask
+    if holes:
+        columns = torch.arange(mask.shape[1], device=mask.device) < mask.bool().sum(-1)[:, None]
+    with torch.inference_mode(False) if shareable else nullcontext():  # a later call may save it for its backward pass
+        found = holes, rows_of_mask(columns, window, sinks)
+    if shareable and type(mask) is Tensor:
+        _last_mask["rows"] = weakref.ref(mask), mask._version, window, sinks, found
+    return found
+
+
+_last_mask: dict[str, Any] = {}
 
 
 def far_triton(q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, window: int, sinks: int = 0) -> tuple[Tensor, Tensor]:
@@ -196,10 +237,11 @@ def _backward_operator(
     features: str,
     scale: float,
     need_weights: bool,
+    need_inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, problem = Rows(chunks, sequences, count, padded), Problem(window, sinks, mix_kind, features, scale)
     gradients = near_far_backward(
-        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, rows, problem, need_weights
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, rows, problem, need_weights, need_inputs
     )
     return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
 
@@ -207,7 +249,7 @@ def _backward_operator(
 @_backward_operator.register_fake
 def _(
     dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, count, padded, window, sinks,
-    mix_kind, features, scale, need_weights,
+    mix_kind, features, scale, need_weights, need_inputs,
 ):  # fmt: skip
     nothing = q.new_empty(0)
     dmix = nothing if mix is None else torch.empty_like(stats[0])
@@ -217,7 +259,8 @@ def _(
         dq_features, dk_features = (x.new_empty(x.shape) for x in (query_features, key_features))
     elif features == "hedgehog" and need_weights:
         dq_features, dk_features = (x.new_empty(x.shape, dtype=wide) for x in (query_features, key_features))
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmix, dq_features, dk_features
+    inputs = (torch.empty_like(x) if need_inputs else nothing for x in (q, k, v))
+    return *inputs, dmix, dq_features, dk_features
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -233,9 +276,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dstats: Tensor | None) -> tupl
     dtop = None
     if ctx.rest[4] == "far":
         dtop = torch.zeros_like(stats[0]) if dstats is None else dstats[0].contiguous()
-    need_weights = any(ctx.needs_input_grad[4:6])
+    needs = any(ctx.needs_input_grad[4:6]), any(ctx.needs_input_grad[:3])
     gradients = _backward_operator(
-        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, *ctx.rest, need_weights
+        dout, dtop, q, k, v, mix, query_features, key_features, out, stats, chunks, sequences, *ctx.rest, *needs
     )
     inputs = (q, k, v, mix, query_features, key_features)
     gradients = [

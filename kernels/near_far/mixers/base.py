@@ -4,12 +4,13 @@ Shape legend: B batch, H query heads, K key-value heads (G = H / K query heads s
 D head dimension of q and k, V of v, F features, N chunks, W tokens a chunk.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mixer", "State", "accumulation_dtype", "state_obstacle"]
+__all__ = ["Mixer", "State", "accumulation_dtype", "full_precision", "state_obstacle"]
 
 
 class State(NamedTuple):
@@ -45,6 +46,10 @@ class Mixer(nn.Module):
     def key_features(self, k: Tensor) -> Tensor:
         """phi_k. k: (B, K, T, D) -> (B, K, T, F), >= 0, in the accumulation dtype."""
         raise NotImplementedError
+
+    def obstacle(self, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        """Why queries and keys of these sizes do not fit this mixer, with the way out; None if they do."""
+        return None
 
     def empty_state(self, k: Tensor, v: Tensor) -> State:
         """A state that holds nothing, for keys and values (B, K, ., .) like these."""
@@ -89,6 +94,13 @@ def state_obstacle(mixer: Mixer | None) -> str | None:
         return None
     own = [name for name in ("update", "scan", "read") if getattr(type(mixer), name) is not getattr(Mixer, name)]
     return f"{type(mixer).__name__} has its own {' and '.join(own)}" if own else None
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, autocast is off on x's device: what must be float32 stays it in mixed-precision training."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -41,6 +41,16 @@ class Hedgehog(Mixer):
             if not weight.is_meta:
                 weight.copy_(START * _rotations(*weight.shape[1:]))
 
+    def obstacle(self, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        """The weights are of one shape of attention."""
+        has = self.query_weight.shape[0], self.key_weight.shape[0], self.query_weight.shape[1]
+        if has == (heads, kv_heads, head_dim):
+            return None
+        return (
+            f"is for {has[0]} heads on {has[1]} of size {has[2]}, not {heads} on {kv_heads} of size {head_dim}; "
+            f"make one with Hedgehog({heads}, {kv_heads}, {head_dim})"
+        )
+
     def query_features(self, q: Tensor) -> Tensor:
         """phi_q of q (B, H, T, D): (B, H, T, F)."""
         return _features(q, self.query_weight)
