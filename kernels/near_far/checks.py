@@ -65,15 +65,15 @@ def check_inputs(
         mixer is None or isinstance(mixer, Mixer),
         f"mixer is a {type(mixer).__name__}; give a Mixer, such as Hedgehog(heads, kv_heads, head_dim), or None",
     )
-    others = {"mask": mask, "mix_logit": mix_logit}
+    others: dict[str, Tensor | None] = {"mask": mask, "mix_logit": mix_logit}
     if mixer is not None:
         obstacle = mixer.obstacle(q.shape[1], k.shape[1], q.shape[3])
         need(obstacle is None, f"mixer {type(mixer).__name__} {obstacle}")
         others["the mixer"] = next(mixer.parameters(), None)
-    for name, x in others.items():
+    for name, other in others.items():
         need(
-            x is None or x.device == q.device,
-            f"{name} is on {None if x is None else x.device} but q is on {q.device}; move them to one device",
+            other is None or other.device == q.device,
+            f"{name} is on {None if other is None else other.device} but q is on {q.device}; move them to one device",
         )
     need(
         mask is None or mask.shape == (q.shape[0], q.shape[2]),

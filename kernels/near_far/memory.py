@@ -115,7 +115,8 @@ def near_far_step(
     `triton_decode` where its kernels run.
     """
     if not _fits(memory, q, k, v, mixer, window, sinks):
-        _complain(memory, q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
+        check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend, function="near_far_step")
+        _complain(memory)
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
     with full_precision(q):
@@ -154,11 +155,10 @@ def _fits(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, 
     )
 
 
-def _complain(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, mix_logit, *options: Any) -> None:
-    """The error for what does not fit."""
+def _complain(memory: Memory) -> None:
+    """The error for what does not fit a memory, being right by itself."""
     from linearize.errors import LinearizeError
 
-    check_inputs(q, k, v, mixer, mix_logit, *options, function="near_far_step")
     batch, kv_heads, slots, size = memory.near_k.shape
     features = "no state" if memory.state is None else f"a state of {memory.state.s.shape[2]} features"
     raise LinearizeError(

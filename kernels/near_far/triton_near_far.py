@@ -260,13 +260,8 @@ def near_far_backward(
         assert dphi_k is not None
         if not need_weights:
             return dq, dk, dv, dmix, None, None
-        return (
-            dq,
-            dk,
-            dv,
-            dmix,
-            *(_weight_gradient(x, dp, rows, problem.window) for x, dp in ((q, dphi_q), (k, dphi_k))),
-        )
+        dq_weight = _weight_gradient(q, dphi_q, rows, problem.window)
+        return dq, dk, dv, dmix, dq_weight, _weight_gradient(k, dphi_k, rows, problem.window)
     return dq, dk, dv, dmix, dphi_q, dphi_k
 
 
