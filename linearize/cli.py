@@ -313,8 +313,8 @@ def bench_kernels(
     _quiet()
     import torch
 
-    from linearize.benchmarks.kernels import Problem, markdown, write_result
-    from linearize.benchmarks.kernels import bench_kernels as measure
+    from linearize.benchmarks.microbenchmark import Problem, markdown, write_result
+    from linearize.benchmarks.microbenchmark import bench_kernels as measure
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     whats, dtypes = ([name.strip() for name in text.split(",")] for text in (what, dtype))

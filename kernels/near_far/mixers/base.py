@@ -98,7 +98,7 @@ def state_obstacle(mixer: Mixer | None) -> str | None:
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Inside, autocast is off on x's device: what must be float32 stays it in mixed-precision training."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

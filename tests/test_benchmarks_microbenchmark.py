@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from linearize.benchmarks import kernels
+from linearize.benchmarks import microbenchmark
 from linearize.benchmarks.files import read_json
-from linearize.benchmarks.kernels import KIND, Problem, bench_kernels, make_runs, markdown
+from linearize.benchmarks.microbenchmark import KIND, Problem, bench_kernels, make_runs, markdown
 from linearize.cli import app
 from linearize.errors import LinearizeError
 from tests.cost import flops
@@ -56,7 +56,7 @@ def test_growth_and_crossover_are_by_the_times(monkeypatch):
         length: {"torch": lambda x=length: x / 1000, "sdpa": lambda x=length: (x / 1000) ** 2 / 10}
         for length in (4096, 16384, 32768)
     }
-    monkeypatch.setattr(kernels, "make_runs", lambda problem, what, length, *rest: made[length])
+    monkeypatch.setattr(microbenchmark, "make_runs", lambda problem, what, length, *rest: made[length])
     found = bench_kernels(SMALL, list(made), whats=["forward"], repeats=3)
     ratios = {x["row"]: (x["from"], x["to"], x["p50"], x["min"]) for x in found["growth"]}
     assert ratios == {"torch": (4096, 32768, 8.0, 8.0), "sdpa": (4096, 32768, 64.0, 64.0)}
@@ -90,10 +90,10 @@ def test_the_compiled_form_is_a_row_where_asked_for(monkeypatch):
 
 def test_triton_is_a_row_where_it_runs(monkeypatch):
     """Its place among the rows; whether its kernels are right is for other tests."""
-    monkeypatch.setattr(kernels, "triton_obstacle", lambda q, v, features: None)
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(microbenchmark, "triton_obstacle", lambda q, v, features: None)
+    monkeypatch.setattr(microbenchmark, "interpreted", lambda: False)
     assert list(make_runs(SMALL, "forward", 32, torch.float32, torch.device("cpu"))) == ["torch", "triton", "sdpa"]
-    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    monkeypatch.setattr(microbenchmark, "interpreted", lambda: True)
     assert list(make_runs(SMALL, "forward", 32, torch.float32, torch.device("cpu"))) == ["torch", "sdpa"]
 
 
