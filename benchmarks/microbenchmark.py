@@ -15,7 +15,8 @@ How it is measured
     Everything runs once before it counts. Repeats are interleaved: repeat 1 of every length and row, then repeat 2, ...
     with the order of rows rotating, so that a machine that slows down slows all rows alike. A call of less than a
     second follows one that is not timed: while other rows ran, its inputs went out of the caches, and out of memory on
-    machines that take back what waits. The medians, and the least and most, are reported: on a machine that others use too, the least is nearest to what the code costs.
+    machines that take back what waits. The medians, and the least and most, are reported: on a machine that others use
+    too, the least is nearest to what the code costs.
     On a GPU by events on its stream, elsewhere by the clock. A fixed matrix product is timed before and after.
 
 `bench_kernels` returns what `write_result` stores; SPREAD is `{"p50": float, "min": float, "max": float}`.
@@ -309,8 +310,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{where}, {machine['threads']} threads{load}; torch {machine['versions']['torch']}, linearize "
         f"{machine['versions']['linearize']}, {machine['date'][:10]}; written by `{machine['command']}`.",
         "",
-        f"Milliseconds: median (least to most) of {result['repeats']} interleaved repeats, warm. A fixed matrix product took "
-        f"{result['matmul_ms']['before']:.2f} ms before and {result['matmul_ms']['after']:.2f} ms after.",
+        f"Milliseconds: median (least to most) of {result['repeats']} interleaved repeats, warm. A fixed matrix "
+        f"product took {result['matmul_ms']['before']:.2f} ms before and {result['matmul_ms']['after']:.2f} ms after.",
     ]
     for what, dtype in dict.fromkeys((cell["what"], cell["dtype"]) for cell in result["cells"]):
         cells = [cell for cell in result["cells"] if (cell["what"], cell["dtype"]) == (what, dtype)]

@@ -66,6 +66,23 @@ def test_growth_and_crossover_are_by_the_times(monkeypatch):
     assert "- torch is faster than SDPA from about" in markdown(found)
 
 
+def test_calls_of_less_than_a_second_are_warm(monkeypatch):
+    called = {"torch": 0, "sdpa": 0}
+
+    def made(row, ms):
+        def run():
+            called[row] += 1
+            return ms
+
+        return run
+
+    runs = {"torch": made("torch", 999.0), "sdpa": made("sdpa", 1001.0)}
+    monkeypatch.setattr(microbenchmark, "make_runs", lambda *rest: runs)
+    bench_kernels(SMALL, [64], whats=["forward"], repeats=3)
+    # Before all repeats, before the first one, where nothing is known yet, and then before every quick one.
+    assert called == {"torch": 1 + 3 * 2, "sdpa": 1 + 2 + 1 + 1}
+
+
 def test_rows_compute_what_they_say():
     """By the arithmetic, as `tests/test_kernels_chunked.py` counts it: linear here, quadratic for SDPA."""
 
