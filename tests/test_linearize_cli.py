@@ -30,6 +30,7 @@ COMMANDS = (
     ["evaluate"],
     ["bench", "decode"],
     ["bench", "compile"],
+    ["bench", "kernels"],
     ["report"],
     ["doctor"],
     ["generate"],
