@@ -38,13 +38,18 @@ def device_obstacle(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
-        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            major, minor = torch.cuda.get_device_capability(device)
-            return f"the GPU has compute capability {major}.{minor}, below 8.0"
-        return None
+        return _gpu_obstacle(device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None if interpreted() else "TRITON_INTERPRET=1 was set after triton had been imported"
     return f"Triton has no kernels for {device.type} tensors"
+
+
+@lru_cache  # asked at every call of every layer
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"the GPU has compute capability {major}.{minor}, below 8.0"
 
 
 def triton_obstacle(q: Tensor, v: Tensor, num_features: int) -> str | None:

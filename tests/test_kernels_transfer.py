@@ -3,10 +3,7 @@
 The truths are explicit T x T maps in float64. "triton" runs in Triton's interpreter where there is no GPU.
 """
 
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from linearize.errors import LinearizeError
 from linearize.kernels.near_far import transfer
 from linearize.kernels.near_far.transfer import far_divergence, split_attention
 from tests.cost import LargestTensor
+from tests.mutations import mutated
 from tests.tolerance import assert_near, worst
 
 FORMS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
@@ -473,23 +471,6 @@ def test_grid(shape):
     TestDivergence.compare("triton", shape, torch.float32)
 
 
-def mutant(folder, old, new):
-    """The module of the Triton kernels with one piece of its text replaced, under a name of its own."""
-    source = Path(transfer.__file__).with_name("triton_transfer.py").read_text()
-    assert source.count(old) == 1, old
-    name = "linearize.kernels.near_far.mutant"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
-
-
 MUTATIONS = {
     "a window too long": ("return tl.maximum((t // WINDOW - 1)", "return tl.maximum((t // WINDOW - 2)"),
     "not causal": ("(i[None, :] <= t[:, None])", "(i[None, :] <= t[:, None] + 1)"),
@@ -539,7 +520,9 @@ def test_results_agree(monkeypatch):
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_noticed(name, monkeypatch, tmp_path):
+    from linearize.kernels.near_far import triton_transfer
+
     expected = results(None, monkeypatch)
-    spoilt = results(mutant(tmp_path, *MUTATIONS[name]), monkeypatch)
+    spoilt = results(mutated(triton_transfer, *MUTATIONS[name], tmp_path), monkeypatch)
     errors = [float((x - y).abs().max()) for x, y in zip(spoilt, expected)]
     assert not all(error < 1e-6 for error in errors), errors

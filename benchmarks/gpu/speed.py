@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from linearize.kernels import fla_engine
 from linearize.kernels.launch import current_target
-from linearize.kernels.near_far import Hedgehog, Memory, near_far_attention
+from linearize.kernels.near_far import Hedgehog, Memory, cases, near_far_attention
 from linearize.kernels.near_far.chunked import near_far_chunked
 from linearize.kernels.near_far.counts import Shape, kernel_work
 from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops, decode_work
@@ -34,8 +34,7 @@ from .timing import Work, both_ways, flash, graphed, labelled, peak_mib, reporte
 __all__ = ["speed_sections"]
 
 SINKS, WINDOW = 4, 64
-# heads, kv_heads, head_dim, features of each sign
-MODELS = {"Llama-3.1-8B": (32, 8, 128, 128), "SmolLM2-135M": (9, 3, 64, 64)}
+MODELS = {name: cases.MODELS[name] for name in ("Llama-3.1-8B", "SmolLM2-135M")}
 TOKENS = (2048, 8192, 32768)
 PROFILED = 8192
 BATCHES = (1, 16, 64)

@@ -234,18 +234,6 @@ class _SoftmaxLse(torch.autograd.Function):
         return torch.addcmul(product, weights, (grad_lse - product.sum(-1))[..., None])
 
 
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - m) with m the largest of a row, their sum l, and log Z = m + log l: (..., n), (..., 1), (..., 1).
-
-    Softmax is the first by the second. exp(logits - log Z) is not: at logits of 1e4 the rounding of log Z in float32
-    would be an error of 5e-4 in every weight.
-    """
-    top = logits.detach().amax(-1, keepdim=True)
-    weights = (logits - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    return weights, total, top + total.log()
-
-
 def positions(start: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Positions start .. start + count - 1: (1, count) for one start (int), (B, count) for one a row (B,)."""
     first = start[:, None] if isinstance(start, Tensor) else start

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends import choose_backend, log_once
 from .checks import check_inputs
-from .chunked import exponentials, far_chunked, mix_near_far, near_chunked, pad_to_chunks
+from .chunked import mix_near_far, near_far_rows, pad_to_chunks, softmax_lse
 from .mixers import Hedgehog, Mixer, State, accumulation_dtype, full_precision, state_obstacle
 from .pack import pack_rows, unpack_rows
 
@@ -199,6 +199,8 @@ def _many_tokens(
     if triton and gradient and not first:
         log_once("a pass with gradients that continues a cache runs in PyTorch")
         triton = False
+    if triton:
+        from . import triton_operators
     new = q.shape[2]
     counts = torch.full_like(memory.lengths, new) if mask is None else mask.sum(-1)
     uniform = memory.uniform if mask is None else None
@@ -229,26 +231,18 @@ def _many_tokens(
         (mix_rows,) = pack_rows(mask, mix_logit[..., None])
         mix_rows = pad_to_chunks(_append(None, mix_rows, filled, longest), window).squeeze(-1)
     rows = q_rows, k_rows, v_rows, sink_k, sink_v, mixer, mix_rows
-    state = None
+    passed: dict[str, Any] = {"window": window, "mix": mix, "scale": scale, "start": start}
+    passed |= {"state": _wide(memory.state), "keep": skipped // window}
     if triton:
-        from .triton_operators import near_far_rows, near_far_triton
-
         total = (filled + counts).expand_as(memory.lengths)
         with torch.no_grad():
-            out, state = near_far_rows(
-                *rows, window=window, sinks=sinks, mix=mix, scale=scale, start=start, total=total, skipped=skipped,
-                state=_wide(memory.state), only_state=gradient,
-            )  # fmt: skip
+            out, state = triton_operators.near_far_rows(*rows, **passed, total=total, only_state=gradient)
     else:
-        out, lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale, start=start)
-        if mixer is not None:
-            far, log_mass, states = far_chunked(
-                q_rows, k_rows, v_rows, mixer, window=window, sinks=sinks, start=start, state=_wide(memory.state)
-            )
-            out = mix_near_far(out, lse, far, log_mass, mix_rows, mix)
-            state = State(*(_chunk(x.detach(), skipped, window) for x in states))
+        out, state = near_far_rows(*rows, **passed)
     if triton and gradient:
-        out = near_far_triton(q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask)
+        out = triton_operators.near_far_triton(
+            q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask
+        )
     else:
         out = unpack_rows(mask, _rows(out, filled, new)).to(q.dtype)
     if state is not None:
@@ -310,12 +304,12 @@ def _one_token(
         sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
         far = chunk >= 2
     logits = torch.cat([sink_logits, near_logits], dim=-1)
-    weights, total, lse = exponentials(logits)
+    weights, lse = softmax_lse(logits)
     sink_count = sink_logits.shape[-1]
     out = weights[..., sink_count:] @ near_v.to(dtype)
     if sink_count:
         out = out + weights[..., :sink_count] @ sink_v.to(dtype)
-    out, lse = (out / total).flatten(1, 2)[:, :, None], lse.flatten(1, 2)
+    out, lse = out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[..., None]
     if mixer is not None and far:
         phi_q = mixer.query_features(q).view(q.shape[0], kv_heads, heads // kv_heads, -1)
         state = _wide(memory.state)
@@ -424,13 +418,6 @@ def _rows(x: Tensor, first: int | Tensor, count: int) -> Tensor:
         return x[:, :, first : first + count]
     slots = (first[:, None] + torch.arange(count, device=x.device)).clamp_max(x.shape[2] - 1)
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _chunk(x: Tensor, skipped: int | Tensor, window: int) -> Tensor:
-    """The state before the chunk that starts `skipped` tokens on, out of the stack x (B, K, N + 1, ...)."""
-    if isinstance(skipped, int):
-        return x[:, :, skipped // window].clone()
-    return x[torch.arange(x.shape[0], device=x.device), :, skipped // window]
 
 
 def _write_sinks(sinks: Tensor, new: Tensor, lengths: Tensor, counts: Tensor, uniform: int | None) -> Tensor:

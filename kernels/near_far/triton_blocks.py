@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..devices import INTERPRETER, Target
+from .triton_arguments import tile
 
 __all__ = ["Blocks", "candidates"]
 
@@ -61,8 +62,8 @@ PREFERRED = {
 
 def candidates(kernel: str, key: dict[str, Any], target: Target) -> list[Blocks]:
     """Blocks for `kernel` at the sizes of `key`, best guess first, less demanding ones behind it."""
-    head_dim, value_dim = _power(key["head_dim"]), _power(key["value_dim"])
-    wide = max(head_dim, value_dim, _power(key["half"]) if key["features"] == "hedgehog" else 0)
+    head_dim, value_dim = tile(key["head_dim"]), tile(key["value_dim"])
+    wide = max(head_dim, value_dim, tile(key["half"]) if key["features"] == "hedgehog" else 0)
     if target is INTERPRETER:
         preferred = (32, 32, 4, 1)
     else:
@@ -85,23 +86,18 @@ def candidates(kernel: str, key: dict[str, Any], target: Target) -> list[Blocks]
 
 def _blocks(kernel: str, key: dict[str, Any], rows: int, keys: int, warps: int, stages: int) -> Blocks:
     """Tiles no larger than what there is to fill them."""
-    head_dim, value_dim = _power(key["head_dim"]), _power(key["value_dim"])
+    head_dim, value_dim = tile(key["head_dim"]), tile(key["value_dim"])
     hedgehog = key["features"] == "hedgehog"
     constants = {
-        "BLOCK_M": min(rows, _power(key["group"] * key["window"])),
+        "BLOCK_M": min(rows, tile(key["group"] * key["window"])),
         "BLOCK_D": head_dim,
         "BLOCK_K": min(head_dim, 32),
-        "BLOCK_F": _power(key["half"]) if hedgehog else min(_power(key["half"]), max(rows, keys)),
+        "BLOCK_F": tile(key["half"]) if hedgehog else min(tile(key["half"]), max(rows, keys)),
         "BLOCK_V": min(value_dim, 64) if kernel == "chunk_sums" else value_dim,
     }
     if kernel != "chunk_sums":
-        constants["BLOCK_N"] = min(keys, _power(key["window"]))
-        constants["BLOCK_S"] = min(32, _power(key["sinks"]))
+        constants["BLOCK_N"] = min(keys, tile(key["window"]))
+        constants["BLOCK_S"] = min(32, tile(key["sinks"]))
     if kernel == "near_backward_keys":
-        constants["BLOCK_M"] = min(rows, _power(2 * key["window"]))
+        constants["BLOCK_M"] = min(rows, tile(2 * key["window"]))
     return Blocks(constants, warps, stages)
-
-
-def _power(size: int) -> int:
-    """The power of two at or above `size`, at least 16: the least that a matrix product takes."""
-    return max(16, 1 << max(size - 1, 0).bit_length())

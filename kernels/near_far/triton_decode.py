@@ -5,13 +5,13 @@ from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..devices import INTERPRETER, Target
 from ..launch import current_target, launch
 from .memory import Memory
 from .mixers import Hedgehog, Mixer, accumulation_dtype
+from .triton_arguments import TL_TYPES, last_contiguous, tile
 from .triton_decode_kernels import decode_combine, decode_prepare, decode_step
 
 __all__ = ["Blocks", "decode_blocks", "triton_step"]
@@ -81,13 +81,13 @@ def decode_blocks(
         return triton.cdiv(share, block) * block, block
 
     tests = target is INTERPRETER  # small blocks, so that every loop turns
-    block_d, block_v = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
+    block_d, block_v = tile(head_dim), tile(value_dim)
     # A tile of keys or values has at most 8 KiB, so that registers hold what is made of it.
     rows = 8192 // (max(block_d, block_v) * element_bytes)
     slot_share, block_n = share_and_block(2 * window, 16 if tests else max(16, min(64, rows)))
     sink_share, block_s = share_and_block(sinks, 16 if tests else 32)
     feature_share, block_f = share_and_block(half, 16 if tests or block_v > 128 or element_bytes > 2 else 32)
-    fold_f = max(16, triton.next_power_of_2(half))
+    fold_f = tile(half)
     # Every program that folds computes all features of the chunk: several a key head only where few have work.
     fold_v = min(block_v, 16 if tests else 32)
     fold_share = fold_v * triton.cdiv(block_v, fold_v * max(1, PROGRAMS // max(1, 2 * batch * kv_heads)))
@@ -154,7 +154,7 @@ def triton_step(
     for name, x in held.items():
         if x is not None and not x.is_contiguous():
             raise LinearizeError(f"near_far_step: the memory's {name} is not contiguous; copy it with .contiguous()")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
 
     (batch, heads, _, head_dim), kv_heads, value_dim = q.shape, k.shape[1], v.shape[-1]
     half = 0 if mixer is None else mixer.num_features // 2
@@ -172,7 +172,7 @@ def triton_step(
     common = {
         **held, "q": q, "q_row": q.stride(0), "q_head": q.stride(1), "KV_HEADS": kv_heads, "WINDOW": window,
         "SINKS": sinks, "D": head_dim, "V": value_dim, "HALF": half,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ACC": TL_TYPES[dtype],
     }  # fmt: skip
     projected = None
     if isinstance(mixer, Hedgehog):

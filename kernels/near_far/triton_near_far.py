@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..backends import log_once
 from ..devices import Target
 from ..launch import current_target, launch, launch_best
-from .mixers import Hedgehog, Mixer
+from .mixers import Hedgehog, Mixer, accumulation_dtype
 from .rows import Rows, real_tokens
+from .triton_arguments import TL_TYPES, far_dtype, last_contiguous, precision_of, strided, tile
 from .triton_backward import (
     far_backward_keys,
     far_backward_queries,
@@ -32,7 +32,6 @@ __all__ = [
     "FarStates",
     "Problem",
     "empty_outputs",
-    "far_dtype",
     "far_states",
     "features_kind",
     "features_of",
@@ -40,12 +39,6 @@ __all__ = [
     "near_far_forward",
 ]
 
-TL_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 # Beyond these a tile of x W does not stay in registers: the features are then computed before, by PyTorch.
 FUSED_HALF = 128
 FUSED_HEAD_DIM = 128
@@ -102,11 +95,6 @@ def features_kind(mixer: Mixer | None, q: Tensor) -> str:
     return "hedgehog" if mixer.query_weight.shape[-1] <= FUSED_HALF else "given"
 
 
-def far_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the operands of far products: bfloat16 for float16, whose range sums of many tokens would leave."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
 def far_states(
     q: Tensor,
     k: Tensor,
@@ -146,11 +134,11 @@ def near_far_forward(
     states = None
     if problem.features != "none":
         states = call.far_states(k, v, key_features, initial)
-    out, stats = call.outputs()
+    out, stats = empty_outputs(q, v.shape[-1], rows.padded)
     call.run(
         attention_forward,
         "queries",
-        **call.tensors(q=q, k=k, v=v, sink_k=sink_k, sink_v=sink_v, mix=mix, phi=call.phi(query_features), out=out),
+        **strided(q=q, k=k, v=v, sink_k=sink_k, sink_v=sink_v, mix=mix, phi=call.phi(query_features), out=out),
         **call.weights(query_features),
         before=None if states is None else states.before,
         norms=None if states is None else states.norms,
@@ -182,7 +170,7 @@ def near_far_backward(
     call = _Call(q, k, v, query_features, rows, problem)
     far = problem.features != "none"
     states = call.far_states(k, v, key_features, None) if far else None
-    dout = call.last_contiguous(dout)
+    dout = last_contiguous(dout)
     # Chunks without a far side, and padding, are not written.
     passed = torch.empty_like(stats)
     dmix = None if mix is None else torch.zeros_like(stats[0])
@@ -197,7 +185,7 @@ def near_far_backward(
     call.run(
         far_backward_queries,
         "queries",
-        **call.tensors(q=q, mix=mix, phi=call.phi(query_features), out=out, dout=dout),
+        **strided(q=q, mix=mix, phi=call.phi(query_features), out=out, dout=dout),
         **call.weights(query_features),
         before=None if states is None else states.before,
         norms=None if states is None else states.norms,
@@ -212,7 +200,7 @@ def near_far_backward(
         call.run(
             far_backward_keys,
             "keys",
-            **call.tensors(k=k, v=v, phi=call.phi(key_features)),
+            **strided(k=k, v=v, phi=call.phi(key_features)),
             **call.weights(key_features),
             dstates=call.prefix(sums, None, far_dtype(q.dtype), reverse=True)[0],
             dnorms=call.prefix(norms, None, call.wide, reverse=True)[0],
@@ -236,7 +224,7 @@ def near_far_backward(
             near_backward_queries,
             "queries",
             sink_parts,
-            **call.tensors(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
+            **strided(q=q, k=k, v=v, sink_k=k, sink_v=v, dout=dout, dq=dq),
             **call.weights(query_features),
             stats=stats,
             dphi=dphi_q,
@@ -245,7 +233,7 @@ def near_far_backward(
         call.run(
             near_backward_keys,
             "keys",
-            **call.tensors(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
+            **strided(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
             **call.weights(key_features),
             stats=stats,
             passed=passed,
@@ -277,16 +265,13 @@ class _Call:
         self.kv_heads, self.value_dim = k.shape[1], v.shape[-1]
         self.group = self.heads // self.kv_heads
         self.target: Target = current_target(q.device)
-        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.wide = accumulation_dtype(q)
         self.half = self.num_features = 0
         self._operands: dict[int, dict[str, Any]] = {}
         if features is not None:
             self.half = features.shape[-1]
             self.num_features = self.half * (2 if problem.features == "hedgehog" else 1)
-        if q.dtype == torch.float32:
-            self.precision = "tf32x3" if self.target.backend == "cuda" else "ieee"
-        else:
-            self.precision = "ieee"
+        self.precision = precision_of(q.dtype, self.target)
 
     def blocks(self, kernel: Any, **changes: Any) -> list[Blocks]:
         """The kernel's blocks at these sizes, by preference."""
@@ -370,15 +355,6 @@ class _Call:
             "PRECISION": self.precision,
         }
 
-    def tensors(self, **named: Tensor | None) -> dict[str, Any]:
-        """Each tensor (B, heads, T, ...) with the strides of its first three dimensions, by the kernels' names."""
-        arguments: dict[str, Any] = {}
-        for name, x in named.items():
-            strides = (0, 0, 0) if x is None else x.stride()[:3]
-            arguments[name] = x
-            arguments |= dict(zip((f"{name}_row", f"{name}_head", f"{name}_token"), strides))
-        return arguments
-
     def phi(self, features: Tensor | None) -> Tensor | None:
         """The features, where they are given."""
         return features if self.problem.features == "given" else None
@@ -396,18 +372,9 @@ class _Call:
             self._operands[id(features)] = {"weight": high, "weight_low": low}
         return self._operands[id(features)]
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """out, laid out for the projection that follows, and stats."""
-        return empty_outputs(self.q, self.value_dim, self.rows.padded)
-
     def tiles(self, block_m: int) -> int:
         """Tiles of query rows of a chunk and KV group."""
         return -(-self.group * self.problem.window // block_m)
-
-    @staticmethod
-    def last_contiguous(x: Tensor) -> Tensor:
-        """x with its last dimension contiguous, as the kernels read it."""
-        return x if x.stride(-1) == 1 else x.contiguous()
 
     def far_states(
         self, k: Tensor, v: Tensor, features: Tensor | None, initial: tuple[Tensor, Tensor] | None
@@ -430,7 +397,7 @@ class _Call:
         self.run(
             chunk_sums,
             "chunks",
-            **self.tensors(x=x, y=y, phi=self.phi(features)),
+            **strided(x=x, y=y, phi=self.phi(features)),
             **self.weights(features),
             factor=None if factors is None else factors[0],
             factor_norm=None if factors is None else factors[1],
@@ -474,13 +441,13 @@ class _Call:
             "parts": parts,
             "sequences": self.rows.sequences,
             "chunks": self.rows.chunks,
-            **self.tensors(dx=dx),
+            **strided(dx=dx),
             "KV_HEADS": self.kv_heads,
             "SIZE": size,
             "WINDOW": self.problem.window,
             "SINKS": self.problem.sinks,
             "TILES": tiles,
-            "BLOCK": max(16, 1 << (size - 1).bit_length()),
+            "BLOCK": tile(size),
             "ACC": TL_TYPES[self.wide],
         }
         grid = (self.rows.sequences.shape[0], self.kv_heads, self.problem.sinks)
@@ -492,8 +459,7 @@ def empty_outputs(q: Tensor, value_dim: int, padded: bool) -> tuple[Tensor, Tens
     batch, heads, length, _ = q.shape
     make = torch.zeros if padded else torch.empty
     out = make(batch, length, heads, value_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, make(3, batch, heads, length, dtype=wide, device=q.device)
+    return out, make(3, batch, heads, length, dtype=accumulation_dtype(q), device=q.device)
 
 
 def _weight_gradient(x: Tensor, dp: Tensor, rows: Rows, window: int) -> Tensor:
@@ -503,5 +469,5 @@ def _weight_gradient(x: Tensor, dp: Tensor, rows: Rows, window: int) -> Tensor:
     x, dp = (y.transpose(0, 1).flatten(1, 2) for y in (x, dp))
     if x.is_cuda and x.element_size() == 2 and not torch.version.hip:
         return torch.bmm(x.transpose(1, 2), dp, out_dtype=torch.float32)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x)
     return x.to(wide).transpose(1, 2) @ dp.to(wide)

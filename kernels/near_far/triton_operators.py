@@ -23,6 +23,7 @@ from .rows import (
     rows_of_lengths,
     rows_of_mask,
 )
+from .triton_arguments import last_contiguous
 from .triton_near_far import (
     Problem,
     empty_outputs,
@@ -55,10 +56,9 @@ def near_far_triton(
     Rows whose real tokens stand together (left and right padding, documents by `cu_seqlens`) are read where they lie;
     where a mask has holes, and under torch.compile, where nobody can look, the real tokens are moved together first.
     """
-    batch, heads, length, _ = q.shape
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mix_logit is not None:
-        mix_logit = mix_logit[None, :, None].expand(batch, heads, length) if mix_logit.ndim == 1 else mix_logit
+    batch, _, length, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    mix_logit = _log_odds(q, mixer, mix_logit)
     holes = False
     if cu_seqlens is not None:
         rows = rows_of_documents(cu_seqlens, length, window, sinks)
@@ -118,36 +118,29 @@ def near_far_rows(
     mix_logit: Tensor | None,
     *,
     window: int,
-    sinks: int,
     mix: str,
     scale: float | None,
     start: int | Tensor,
-    total: Tensor,
-    skipped: int | Tensor,
     state: State | None,
+    keep: int | Tensor,
+    total: Tensor,
     only_state: bool = False,
 ) -> tuple[Tensor, State | None]:
-    """A pass that goes on from a state, without gradient: the outputs of all rows' tokens, and a later state.
+    """`near_far_rows` of `chunked`, without gradient: the outputs of all tokens, and the state before chunk `keep`.
 
-    q: (B, H, T, D), k, v: (B, K, T, .), T a multiple of W: tokens at positions start .. start + total - 1 of each row
-    (start, a multiple of W, one a row or one for all; total (B,)). sink_k, sink_v: (B, K, S, .). state: all tokens
-    before start that are no sink. Outputs in chunk 0 are right only where start is 0.
-    The state that is returned is that before the chunk `skipped` tokens on, float32; only_state computes nothing else.
+    Arguments as there; total (B,): the tokens of each row. only_state computes nothing else, and returns q for outputs.
     """
-    batch, heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
+    sinks = sink_k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     like = torch.zeros_like(total, dtype=torch.int32)
-    start, skipped = ((x if isinstance(x, Tensor) else like + x).int() // window for x in (start, skipped))
+    first_chunk, kept = ((x if isinstance(x, Tensor) else like + x).int() for x in (start // window, keep))
     rows = rows_of_lengths(
         torch.arange(batch, dtype=torch.int32, device=q.device), like, total.int(), window=window, sinks=sinks,
-        count=batch * (length // window), padded=True, start=start, keep=skipped,
+        count=batch * (length // window), padded=True, start=first_chunk, keep=kept,
     )  # fmt: skip
     kind, query_features, key_features = features_of(mixer, q, k)
-    if mixer is None or mix_logit is None:
-        mix_logit = None
-    else:
-        mix_logit = mix_logit[None, :, None].expand(batch, heads, length) if mix_logit.ndim == 1 else mix_logit
-        mix_logit = mix_logit.to(accumulation_dtype(q))
+    mix_logit = _log_odds(q, mixer, mix_logit)
     problem = Problem(window, sinks, mix, kind, scale)
     initial = None if state is None else (state.s.contiguous(), state.z.contiguous())
     if only_state:
@@ -157,6 +150,14 @@ def near_far_rows(
             q, k, v, sink_k, sink_v, mix_logit, query_features, key_features, rows, problem, initial
         )
     return out, None if states is None else State(states.kept, states.kept_norms)
+
+
+def _log_odds(q: Tensor, mixer: Mixer | None, mix_logit: Tensor | None) -> Tensor | None:
+    """mix_logit, (H,) or (B, H, T), as the kernels take it: (B, H, T) in the accumulation dtype; None for zeros."""
+    if mixer is None or mix_logit is None:
+        return None
+    wide = mix_logit.to(accumulation_dtype(q))
+    return wide[None, :, None].expand(q.shape[:3]) if wide.ndim == 1 else wide
 
 
 def _apply(
@@ -171,12 +172,8 @@ def _apply(
     mix: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
     kind, query_features, key_features = features_of(mixer, q, k)
-    if mixer is None or mix_logit is None:
-        mix_logit = None
-    else:
-        mix_logit = mix_logit.to(accumulation_dtype(q))
     return near_far_operator(
         q, k, v, mix_logit, query_features, key_features, rows.chunks, rows.sequences, rows.count, rows.padded, window,
         sinks, mix, kind, scale,
@@ -253,7 +250,7 @@ def _(
 ):  # fmt: skip
     nothing = q.new_empty(0)
     dmix = nothing if mix is None else torch.empty_like(stats[0])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(q)
     dq_features, dk_features = nothing, nothing
     if features == "given":
         dq_features, dk_features = (x.new_empty(x.shape) for x in (query_features, key_features))

@@ -20,15 +20,9 @@ from torch import Tensor
 from ..devices import INTERPRETER, Target
 from ..launch import current_target, launch
 from .mixers import accumulation_dtype
+from .triton_arguments import TL_TYPES, far_dtype, last_contiguous, precision_of, strided, tile
 
 __all__ = ["far_gradients", "far_sums", "split_attention"]
-
-TL_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 @triton.jit
@@ -441,16 +435,16 @@ def split_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """near, near_lse, far, far_lse of `transfer.split_attention`."""
     batch, heads, length, _ = q.shape
-    q, k, v = (_last_contiguous(x) for x in (q, k, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
     wide = accumulation_dtype(q)
     near, far = (torch.empty(batch, heads, length, v.shape[-1], dtype=wide, device=q.device) for _ in range(2))
     near_lse, far_lse = (torch.empty(batch, heads, length, dtype=wide, device=q.device) for _ in range(2))
     block_m, block_n, warps, stages = split_blocks(current_target(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
     arguments = {
-        **_strides(q=q, k=k, v=v),
+        **strided(q=q, k=k, v=v),
         **{"near": near, "far": far, "near_lse": near_lse, "far_lse": far_lse},
         **_common(q, k, window, sinks, scale),
-        **{"V": v.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_V": _power(v.shape[-1])},
+        **{"V": v.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_V": tile(v.shape[-1])},
     }
     grid = (-(-length // block_m), heads, batch)
     launch(split_forward, grid, arguments, num_warps=warps, num_stages=stages)
@@ -490,7 +484,7 @@ def far_gradients(
     wide = accumulation_dtype(q)
     gradients = tuple(torch.empty(x.shape, dtype=wide, device=q.device) for x in (phi_q, phi_k))
     own, inner, most_f, warps, stages = far_blocks(current_target(q.device), q.dtype, q.shape[-1], gradient=True)
-    block_o = min(_power(phi_q.shape[-1]), WIDEST_OUTPUT)
+    block_o = min(tile(phi_q.shape[-1]), WIDEST_OUTPUT)
     blocks_o = -(-phi_q.shape[-1] // block_o)
     arguments = {
         **_far_arguments(q, k, shift, phi_q, phi_k, most_f, window, sinks, scale),
@@ -539,12 +533,12 @@ def _far_arguments(
     scale: float,
 ) -> dict[str, Any]:
     """What the kernels over features share."""
-    q, k = _last_contiguous(q), _last_contiguous(k)
-    far = torch.bfloat16 if q.dtype == torch.float16 else q.dtype
+    q, k = last_contiguous(q), last_contiguous(k)
+    far = far_dtype(q.dtype)
     features = phi_q.shape[-1]
-    block_f = min(_power(features), most_f)
+    block_f = min(tile(features), most_f)
     return {
-        **_strides(q=q, k=k),
+        **strided(q=q, k=k),
         **_common(q, k, window, sinks, scale),
         "shift": shift.contiguous(),
         "phi_q": phi_q.to(far).contiguous(),
@@ -557,7 +551,6 @@ def _far_arguments(
 
 
 def _common(q: Tensor, k: Tensor, window: int, sinks: int, scale: float) -> dict[str, Any]:
-    cuda = current_target(q.device).backend == "cuda"
     return {
         "T": q.shape[2],
         "D": q.shape[-1],
@@ -565,26 +558,7 @@ def _common(q: Tensor, k: Tensor, window: int, sinks: int, scale: float) -> dict
         "WINDOW": window,
         "SINKS": sinks,
         "GROUP": q.shape[1] // k.shape[1],
-        "BLOCK_D": _power(q.shape[-1]),
+        "BLOCK_D": tile(q.shape[-1]),
         "ACC": TL_TYPES[accumulation_dtype(q)],
-        # float32 inputs: as exact as float32 on tensor cores where there is such a product.
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 and cuda else "ieee",
+        "PRECISION": precision_of(q.dtype, current_target(q.device)),
     }
-
-
-def _strides(**tensors: Tensor) -> dict[str, Any]:
-    """Each tensor (B, heads, T, .) and the strides of its first three dimensions, by the kernels' names."""
-    arguments: dict[str, Any] = {}
-    for name, x in tensors.items():
-        arguments[name] = x
-        arguments |= dict(zip((f"{name}_row", f"{name}_head", f"{name}_token"), x.stride()))
-    return arguments
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _power(size: int) -> int:
-    """The power of two at or above `size`, at least 16: the least that a matrix product takes."""
-    return max(16, 1 << (size - 1).bit_length())
