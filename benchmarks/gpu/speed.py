@@ -22,8 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from linearize.kernels import fla_engine
 from linearize.kernels.launch import current_target
-from linearize.kernels.near_far import Hedgehog, Memory, cases, near_far_attention
+from linearize.kernels.near_far import Hedgehog, Memory, near_far_attention
 from linearize.kernels.near_far.chunked import near_far_chunked
+from linearize.kernels.near_far.counts import MODELS as KNOWN
 from linearize.kernels.near_far.counts import Shape, kernel_work
 from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops, decode_work
 
@@ -34,7 +35,7 @@ from .timing import Work, both_ways, flash, graphed, labelled, peak_mib, reporte
 __all__ = ["speed_sections"]
 
 SINKS, WINDOW = 4, 64
-MODELS = {name: cases.MODELS[name] for name in ("Llama-3.1-8B", "SmolLM2-135M")}
+MODELS = {name: KNOWN[name] for name in ("Llama-3.1-8B", "SmolLM2-135M")}
 TOKENS = (2048, 8192, 32768)
 PROFILED = 8192
 BATCHES = (1, 16, 64)

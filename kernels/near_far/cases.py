@@ -10,7 +10,7 @@ from torch import Tensor
 from ..devices import Target
 from ..launch import Launch, recording
 from . import triton_transfer
-from .counts import Shape, kernel_work
+from .counts import MODELS, Shape, kernel_work
 from .memory import Memory
 from .mixers import Hedgehog
 from .rows import Rows
@@ -25,12 +25,6 @@ TRANSFER_TOKENS = 2048  # the objectives of transfer are quadratic
 DECODE_BATCHES = (1, 16)
 SINKS = 4
 WINDOWS = (64, 128)
-# heads, kv_heads, head_dim, feature_dim
-MODELS = {
-    "SmolLM2-135M": (9, 3, 64, 64),
-    "Qwen3-0.6B": (16, 8, 128, 128),
-    "Llama-3.1-8B": (32, 8, 128, 128),
-}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ window on average, and S sinks.
 
 from dataclasses import dataclass
 
-__all__ = ["Shape", "kernel_work"]
+__all__ = ["MODELS", "Shape", "kernel_work"]
+
+# heads, kv_heads, head_dim, feature_dim of what is compiled and timed
+MODELS = {
+    "SmolLM2-135M": (9, 3, 64, 64),
+    "Qwen3-0.6B": (16, 8, 128, 128),
+    "Llama-3.1-8B": (32, 8, 128, 128),
+}
 
 
 @dataclass(frozen=True)
