@@ -5,30 +5,31 @@ model in memory. Where chosen parameters are trained in full, the teacher is a f
 """
 
 import copy
+import hashlib
+import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from linearize.convert import added_parameters, base_model, original_attention, switch_of
+from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill.data import Batch, TokenStream
+from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions
+from linearize.distill.teacher_cache import TeacherCache
 from linearize.distill.transfer import mix_lr_scale
 from linearize.errors import LinearizeError
 
-__all__ = ["CONTROL", "STUDENT", "distill_losses", "kl_divergence", "run_distill"]
+__all__ = ["CONTROL", "STUDENT", "counted_rows", "distill_losses", "run_distill", "window_dropout"]
 
 STUDENT, CONTROL = "default", "control"  # names of the PEFT adapters
 CLIP = 1.0  # gradient norm: one bad batch must not undo a short training
-ROWS_AT_ONCE = 128  # tokens whose logits are in float32 at a time
 
 
 def run_distill(
@@ -89,10 +90,13 @@ def run_distill(
         parameters |= {n: p for n, p in added.items() if id(p) not in known}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    cache = None
+    if options.teacher_cache is not None and options.top_k is not None:
+        cache = TeacherCache(options.teacher_cache, model, options.top_k, options.temperature)
 
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
-        switched = original_attention(model) if control else nullcontext()
-        losses = distill_losses(model, teacher, batch, options, switched)
+        switched = original_attention(model) if control else window_dropout(model, batch, options.window_dropout)
+        losses = distill_losses(model, teacher, batch, options, switched, cache)
         backward(losses["loss"])
         return {key: x.detach() for key, x in losses.items()}
 
@@ -120,69 +124,93 @@ def distill_losses(
     batch: Batch,
     options: DistillOptions,
     student: AbstractContextManager[Any],
+    cache: TeacherCache | None = None,
 ) -> dict[str, Tensor]:
-    """`loss` = kl_weight * `kl` + ce_weight * `ce`, each a mean over the batch's real tokens.
+    """`loss` = kl_weight * `kl` + ce_weight * `ce`, each a mean over the tokens that count: see `logit_losses`.
 
-    kl: KL(teacher || student) of the next token, at temperature tau times tau^2 (Hinton et al. 2015, arXiv
-    1503.02531). ce: cross-entropy of the next token of the text.
+    Without `loss_mask` every real token's prediction is compared with the teacher's, and every token that follows
+    another of its document is scored. With it, only predictions of tokens that it marks count.
     """
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    losses: dict[str, Tensor] = {}
-    targets = None
-    if options.kl_weight:
-        with teacher() as taught, torch.no_grad():
-            targets = taught(**batch, use_cache=False).logits
+    inputs = model_inputs(batch)
+    compared, scored = (x.flatten() for x in counted_rows(batch))
+    told = _teach(teacher, batch, options, cache) if options.kl_weight else None
     with student:
-        logits = model(**batch, use_cache=False).logits
-    loss = logits.new_zeros((), dtype=torch.float32)
-    if targets is not None:
-        losses["kl"] = _by_rows(
-            lambda mine, wanted: kl_divergence(mine, wanted, options.top_k, options.temperature),
-            logits[mask],
-            targets[mask],
-        )
-        loss = loss + options.kl_weight * losses["kl"]
-    if options.ce_weight:
-        scored = mask[:, 1:] & mask[:, :-1]
-        losses["ce"] = _by_rows(
-            lambda mine, wanted: F.cross_entropy(mine.float(), wanted, reduction="none"),
-            logits[:, :-1][scored],
-            batch["input_ids"][:, 1:][scored],
-        )
-        loss = loss + options.ce_weight * losses["ce"]
-    return {"loss": loss} | losses
+        logits = model(**inputs, use_cache=False).logits
+    following = batch["input_ids"].roll(-1, dims=1).flatten()
+    loss, terms = logit_losses(
+        logits.flatten(0, 1),
+        teacher=told,
+        compared=compared,
+        tokens=following if options.ce_weight else None,
+        scored=scored,
+        kl_weight=options.kl_weight,
+        ce_weight=options.ce_weight,
+        temperature=options.temperature,
+    )
+    return {"loss": loss} | terms
 
 
-def kl_divergence(logits: Tensor, teacher_logits: Tensor, top_k: int | None, temperature: float) -> Tensor:
-    """KL(teacher || student) a row, times temperature^2.
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch the model reads."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
-    With `top_k` the distributions are compared over the teacher's k likeliest tokens and one more outcome, "any
-    other token", so the tail's mass counts exactly and only its shape is ignored.
 
-    logits, teacher_logits: (N, vocabulary) -> (N,), float32.
+@contextmanager
+def window_dropout(model: Any, batch: Batch, probability: float) -> Iterator[None]:
+    """Inside, each converted layer with this probability sees a half or a quarter of its window, or none of it.
+
+    What such a layer lacks only its state can give, so training cannot leave the state unused. A draw depends on the
+    batch's tokens alone: a run that was killed and goes on draws the same.
     """
-    log_q = (logits.float() / temperature).log_softmax(-1)
-    log_p = (teacher_logits.float() / temperature).log_softmax(-1)
-    if top_k is not None and top_k < log_p.shape[-1]:
-        log_p, index = log_p.topk(top_k, dim=-1)
-        log_q = log_q.gather(-1, index)
-        log_p, log_q = (torch.cat([x, _log_rest(x)], dim=-1) for x in (log_p, log_q))
-    return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+    if not probability:
+        yield
+        return
+    digest = hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).digest()
+    draw = random.Random(digest)
+    switch, before = switch_of(model), switch_of(model).windows
+    switch.windows = {
+        index: draw.choice((layer.linearize_config.window // 2, layer.linearize_config.window // 4, 0))
+        for index, layer in converted_layers(model).items()
+        if draw.random() < probability and layer.mixer is not None
+    }
+    try:
+        yield
+    finally:
+        switch.windows = before
 
 
-def _log_rest(log_p: Tensor) -> Tensor:
-    """log (1 - sum p), (N, 1), kept finite where the listed tokens have all the mass."""
-    listed = log_p.logsumexp(-1, keepdim=True).clamp_max(-1e-7)
-    return torch.log(-torch.expm1(listed))
+def counted_rows(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which positions (B, T) count by the prediction made there: for the KL, and for the cross-entropy."""
+    tokens = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+    follows = torch.zeros_like(real)  # the next token is real, of the same document and a target
+    follows[:, :-1] = real[:, 1:] & real[:, :-1]
+    if "position_ids" in batch:
+        follows[:, :-1] &= batch["position_ids"][:, 1:] != 0
+    if "loss_mask" not in batch:
+        return real, follows
+    follows[:, :-1] &= batch["loss_mask"][:, 1:].bool()
+    return follows, follows
 
 
-def _by_rows(loss: Callable[[Tensor, Tensor], Tensor], mine: Tensor, wanted: Tensor) -> Tensor:
-    """Mean of a per-row loss, a few rows at a time: the float32 copies of a whole vocabulary are never all alive."""
-    total = mine.new_zeros((), dtype=torch.float32)
-    for rows in range(0, mine.shape[0], ROWS_AT_ONCE):
-        part = slice(rows, rows + ROWS_AT_ONCE)
-        total = total + checkpoint(lambda a, b: loss(a, b).sum(), mine[part], wanted[part], use_reentrant=False)
-    return total / max(mine.shape[0], 1)
+def _teach(
+    teacher: Callable[[], AbstractContextManager[Any]],
+    batch: Batch,
+    options: DistillOptions,
+    cache: TeacherCache | None,
+) -> Tensor | Listed:
+    """The teacher's side of the KL for all positions (B * T): from the cache where it is there, else computed."""
+    listed = None if cache is None else cache.read(batch)
+    if listed is not None:
+        return listed
+    with teacher() as taught, torch.no_grad():
+        logits = taught(**model_inputs(batch), use_cache=False).logits.flatten(0, 1)
+    if options.top_k is None or options.top_k >= logits.shape[-1]:
+        return logits
+    listed = list_likeliest(logits, options.top_k, options.temperature)
+    if cache is not None:
+        cache.write(batch, listed)
+    return listed
 
 
 def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:

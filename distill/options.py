@@ -154,6 +154,9 @@ class DistillOptions(Record):
         ce_weight: weight of the cross-entropy on the text itself.
         top_k: how many of the teacher's likeliest tokens the KL compares; `None` compares the whole vocabulary.
         temperature: both logits are divided by it before the KL.
+        teacher_cache: a folder that keeps the teacher's top_k tokens of every batch, for further runs on the same
+            text; `None` asks the teacher each time.
+        window_dropout: probability with which a layer sees, in one batch, a half or a quarter of its window or none.
         train: `"lora"`, or patterns of parameter names (as in a shell: `*`, `?`) that are trained in full.
         lora_rank: rank of the LoRA matrices.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
@@ -170,6 +173,8 @@ class DistillOptions(Record):
     ce_weight: float = option(0.0, least=0)
     top_k: int | None = option(None, least=1)
     temperature: float = option(1.0, above=0)
+    teacher_cache: str | None = None
+    window_dropout: float = option(0.0, least=0, most=1)
     train: Literal["lora"] | tuple[str, ...] = "lora"
     lora_rank: int = option(8, least=1)
     lora_alpha: float = option(16.0, above=0)
@@ -181,6 +186,8 @@ class DistillOptions(Record):
         super().__post_init__()
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise RecipeError("kl_weight", "0, and ce_weight is 0 too; nothing would be learned, set one above 0")
+        if self.teacher_cache is not None and self.top_k is None:
+            raise RecipeError("teacher_cache", "it keeps the likeliest tokens, and top_k is null; set top_k, e.g. 128")
         if not self.train:
             raise RecipeError("train", "the list is empty; write lora, or patterns such as '*.self_attn.*'")
         if self.train == "lora" and not self.lora_targets:

@@ -1,7 +1,7 @@
 """The one converted attention module, for all families."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -40,11 +40,14 @@ class Switch:
         converted: False runs the original attention instead.
         far_share: None is the learned mix; 0.0 never reads the state; 1.0 reads nothing else where there is one.
         observer: called with an `Observation` by each layer while `converted` is False.
+        windows: for some layers, another window than the config's; 0 reads nothing but the state where there is one.
+            For training without a cache, whose layout depends on the config's window.
     """
 
     converted: bool = True
     far_share: float | None = None
     observer: Callable[[Observation], None] | None = None
+    windows: dict[int, int] = field(default_factory=dict)
 
 
 class Mix(nn.Module):
@@ -171,7 +174,8 @@ class ConvertedAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, past_key_values: Any, near_far_mask: Tensor | None) -> Tensor:
         """Near-and-far attention (B, H, T, V), of the whole text or as a step of the cache."""
         options: dict[str, Any] = {
-            "window": self.linearize_config.window,
+            # `or`: a window of 0 is the config's, and the mix leaves it unread.
+            "window": self.switch.windows.get(self.layer_idx) or self.linearize_config.window,
             "sinks": self.linearize_config.sinks,
             "mix": self.linearize_config.mix,
             "scale": self.scaling,
@@ -202,10 +206,11 @@ class ConvertedAttention(nn.Module):
         """The learned log-odds of the far side (B, H, T), or what the switch puts in their place (H,)."""
         if self.mix is None:
             return None
-        if self.switch.far_share is None:
+        far_share = 1.0 if self.switch.windows.get(self.layer_idx) == 0 else self.switch.far_share
+        if far_share is None:
             return self.mix(q)
         # Log-odds of certainty. Finite on the far side, so that an empty state (log mass -inf) still has no share.
-        return torch.full_like(self.mix.bias, 1e30 if self.switch.far_share else -torch.inf)
+        return torch.full_like(self.mix.bias, 1e30 if far_share else -torch.inf)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
