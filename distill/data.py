@@ -20,13 +20,20 @@ from linearize.errors import LinearizeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Batch", "TokenStream", "build_stream"]
+__all__ = ["Batch", "TokenStream", "build_stream", "model_inputs"]
 
 Batch = dict[str, torch.Tensor]
 """`input_ids` (B, T) int64 and, where some token is padding, `attention_mask` (B, T) int64, 1 on real tokens."""
 
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 # A document of one token has nothing to predict.
 SHORTEST_DOCUMENT = 2
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch a model reads."""
+    return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
 
 
 def build_stream(
@@ -109,6 +116,15 @@ class TokenStream(Iterator[Batch]):
             return {"input_ids": ids}
         lengths = torch.tensor([[len(row)] for row in rows])
         return {"input_ids": ids, "attention_mask": (torch.arange(seq_len) < lengths).long()}
+
+    def skip(self, batches: int) -> None:
+        """Go on as if that many batches had been drawn; no tensor is built.
+
+        The stream is the same in every process of a run: process r of n skips r batches, draws one, skips n - 1 - r,
+        and all have the same position, which does not depend on n.
+        """
+        for _ in range(batches * self._options.batch_size):
+            self._row()
 
     def state_dict(self) -> dict[str, Any]:
         """The position: for each source its epoch, document, offset in it, and tokens drawn so far."""

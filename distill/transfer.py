@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.attention import Observation
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
-from linearize.distill.data import Batch, TokenStream
+from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.loop import Outcome, StepLosses, make_optimizer, train
 from linearize.distill.objectives import OBJECTIVES, FarTarget, calibrated_mix, first_far_query
 from linearize.distill.options import TransferOptions
@@ -146,6 +146,6 @@ def observe(model: Any, batch: Batch, observer: Callable[[Observation], None]) -
     with original_attention(base), torch.no_grad():
         switch.observer = observer
         try:
-            decoder(**batch, use_cache=False)
+            decoder(**model_inputs(batch), use_cache=False)
         finally:
             switch.observer = None

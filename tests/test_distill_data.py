@@ -139,6 +139,28 @@ def test_restored_position_continues_exactly(tokenizer, numbered, tmp_path, pack
     assert max(map(len, states)) < 300
 
 
+@pytest.mark.parametrize("packing", ["packed", "document"])
+def test_processes_share_a_stream(tokenizer, numbered, packing):
+    """Each draws its own batches; the position is the same in all, and goes on in another number of them."""
+    options = data(Source(kind="jsonl", path=numbered), packing=packing, batch_size=2)
+    one = build_stream(options, tokenizer, seed=3)
+    expected = [next(one) for _ in range(12)]
+    states = []
+    for rank in range(3):
+        stream = build_stream(options, tokenizer, seed=3)
+        for step in range(2):
+            stream.skip(rank)
+            assert same(next(stream), expected[3 * step + rank])
+            stream.skip(2 - rank)
+        states.append(stream.state_dict())
+    assert states[0] == states[1] == states[2]
+    for rank in range(2):
+        stream = build_stream(options, tokenizer, seed=3)
+        stream.load_state_dict(states[0])
+        stream.skip(rank)
+        assert same(next(stream), expected[6 + rank])
+
+
 def test_order_depends_on_the_seed_only(tokenizer, numbered):
     options = data(Source(kind="jsonl", path=numbered))
     a, b, c = (build_stream(options, tokenizer, seed=seed) for seed in (5, 5, 6))
