@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,13 +21,27 @@ from linearize.distill.data import Batch, TokenStream
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.errors import LinearizeError
 
-__all__ = ["FINAL_LR", "Outcome", "learning_rate", "make_optimizer", "progress_of", "train"]
+__all__ = ["FINAL_LR", "Extra", "Outcome", "learning_rate", "make_optimizer", "progress_of", "train"]
 
 TELL_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
 
 StepLosses = dict[str, Tensor]
 """What a step reports, each a detached scalar: `loss`, and `layer.N` where layers have losses of their own."""
+
+
+class Extra(Protocol):
+    """What a stage keeps beside its parameters: part of every checkpoint, and told what each step reported."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+    def after_step(self, reported: dict[str, float]) -> None:
+        """The losses of an optimizer step that was done, means over its batches and over all processes: what a stage
+        decides by them it decides alike in every process."""
 
 
 @dataclass
@@ -80,6 +94,7 @@ def train(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     clip: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    extra: Extra | None = None,
 ) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in `folder`/checkpoints/`stage` where there is one.
 
@@ -98,6 +113,7 @@ def train(
         clip: limit on the norm of all gradients together; None is no limit.
         optimizer: what `make_optimizer` returned for these parameters, for a step that updates on its own as well;
             None makes one.
+        extra: state of the stage's own that checkpoints keep.
 
     Returns:
         Steps, tokens and seconds in all, and the reported losses at both ends.
@@ -122,6 +138,8 @@ def train(
         state = checkpoints.restore(newest, parameters, optimizer)
         stream.load_state_dict(state["stream"])
         outcome = Outcome(**state["outcome"])
+        if extra is not None:
+            extra.load_state_dict(state["extra"])
     log.keep(outcome.steps)
 
     saved_steps, saved_at = outcome.steps, time.perf_counter()
@@ -129,6 +147,8 @@ def train(
     def save() -> None:
         nonlocal saved_steps, saved_at
         state = {"stream": stream.state_dict(), "outcome": vars(outcome)}
+        if extra is not None:
+            state["extra"] = extra.state_dict()
         checkpoints.write(saved, outcome.steps, parameters, optimizer, state)
         saved_steps, saved_at = outcome.steps, time.perf_counter()
 
@@ -160,6 +180,8 @@ def train(
             outcome.steps += 1
             outcome.seconds = time.perf_counter() - start
             _follow(outcome, reported)
+            if extra is not None:
+                extra.after_step(reported)
             done = progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)
             speed = outcome.tokens / outcome.seconds
             if outcome.steps == 1 or outcome.steps % options.log_every == 0 or done == 1:
