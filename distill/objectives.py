@@ -9,6 +9,7 @@ log Z_far) needs only log-sum-exps. Nothing here is ever T x T: see `linearize.k
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ __all__ = [
     "calibrated_mix",
     "decomposed_loss",
     "first_far_query",
+    "hidden_loss",
     "output_loss",
     "weights_loss",
 ]
@@ -127,12 +129,22 @@ def weights_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
 def output_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
     """mean |o_student - o|^2 / mean |o|^2 of the attention outputs, before the output projection. `target` as above."""
     target = target or FarTarget(seen)
-    far, log_mass = _student_far(seen, target)
-    out = mix_near_far(
-        target.near, target.near_lse, far, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix
-    )
-    error = (out - target.out).square().sum(-1)
+    error = (_student_out(seen, target) - target.out).square().sum(-1)
     return _mean(error, target.counted) / _mean(target.out.square().sum(-1), target.counted).clamp_min(1e-12)
+
+
+def hidden_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
+    """mean |P (o_student - o)|^2 / mean |P o|^2: the error of what the layer adds to the hidden states.
+
+    P (hidden, H V) is the weight of the output projection, with whatever LoRA is active on it, and o stands for all
+    heads' outputs of a token beside each other: errors of heads that cancel cost nothing, and errors in directions
+    that P drops do not either. A bias of the projection is the same on both sides; it is left out of |P o| too, so
+    that a layer that puts out nothing has a loss of 1. Linear in time. `target` as above.
+    """
+    target = target or FarTarget(seen)
+    weight = _projection(seen)
+    error = _through(weight, _student_out(seen, target) - target.out)
+    return _mean(error, target.counted) / _mean(_through(weight, target.out), target.counted).clamp_min(1e-12)
 
 
 def calibrated_mix(seen: Observation) -> tuple[Tensor, Tensor]:
@@ -168,6 +180,7 @@ OBJECTIVES: dict[str, Callable[[Observation, FarTarget | None], Tensor]] = {
     "decomposed": decomposed_loss,
     "output": output_loss,
     "weights": weights_loss,
+    "hidden": hidden_loss,
 }
 
 
@@ -180,6 +193,32 @@ def _mixer(seen: Observation) -> Mixer:
 def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
     config = seen.layer.linearize_config
     return far_read(target.q, target.k, target.v, _mixer(seen), window=config.window, sinks=config.sinks)
+
+
+def _student_out(seen: Observation, target: FarTarget) -> Tensor:
+    """o of the student, (B, H, T', V)."""
+    far, log_mass = _student_far(seen, target)
+    return mix_near_far(
+        target.near, target.near_lse, far, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix
+    )
+
+
+def _projection(seen: Observation) -> Tensor:
+    """The weight (hidden, H V) of the layer's output projection, LoRA included; no gradient."""
+    projection: Any = seen.layer.o_proj
+    if not hasattr(projection, "get_base_layer"):
+        return projection.weight.detach()
+    weight = projection.get_base_layer().weight.detach()
+    if not (projection.merged or projection.disable_adapters):
+        for name in projection.active_adapters:
+            if name in projection.lora_A:
+                weight = weight + projection.get_delta_weight(name).detach()
+    return weight
+
+
+def _through(weight: Tensor, x: Tensor) -> Tensor:
+    """|P x|^2 of every token, (B, 1, T), from x (B, H, T, V), in x's dtype."""
+    return F.linear(x.transpose(1, 2).flatten(2), weight.to(x.dtype)).square().sum(-1)[:, None]
 
 
 def _share_divergence(seen: Observation, target: FarTarget, log_mass: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ class TransferOptions(Record):
     Attributes:
         budget: when the stage ends.
         objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
-            `"weights"`: KL of the teacher's attention weights from the student's.
+            `"weights"`: KL of the teacher's attention weights from the student's. `"hidden"`: error of what the layer
+            adds to the hidden states, after its output projection.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
@@ -133,7 +134,7 @@ class TransferOptions(Record):
     """
 
     budget: Budget = field(metadata=_BUDGET_HINT)
-    objective: Literal["decomposed", "output", "weights"] = "decomposed"
+    objective: Literal["decomposed", "output", "weights", "hidden"] = "decomposed"
     local_steps: int = option(1, least=1)
     lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)
@@ -199,29 +200,50 @@ class EvaluateOptions(Record):
     """What is measured about quality.
 
     Attributes:
-        text: a text file for perplexity; `None` takes the held-out part of the data.
-        tokens: how many tokens of it are read.
-        seq_len: tokens a sequence for perplexity.
-        choices: a jsonl file of multiple-choice items (`query`, `choices`, `gold`); `None` leaves them out.
-        choices_limit: how many items are read.
+        text: text files for perplexity, each a path or NAME=PATH; an empty list takes the held-out part of the data.
+            Needles hide in the first one.
+        tokens: how many tokens are read of each, the same ones at each context.
+        contexts: tokens a sequence for perplexity, one perplexity each; the first one is the main one.
+        choices: jsonl files of questions, each a path or NAME=PATH; `linearize.benchmarks.items` has the kinds.
+        choices_limit: how many questions are read of each, at random.
         needle_lengths: haystack lengths in tokens; an empty list leaves the needle test out.
         needle_depths: where in the haystack the needle is, 0 = start, 1 = end.
+        needle_trials: prompts of each length and depth.
+        needle_keys: how many numbers are hidden, one of which is asked for.
+        needle_digits: digits of a number.
+        kl_tokens: how many tokens KL(original || row) is measured on, in sequences of the first context; 0 leaves it
+            out.
+        answers: how many prompts are answered greedily; 0 leaves generation out.
+        answer_tokens: tokens of the longest answer.
+        prompts: a jsonl file of chats (the first user's turn is asked) or prompts; `None` takes neutral questions.
         control: also train the original in the same way as the student, for comparison.
+        window: also train window + sinks, without the state, in the same way: what the state adds is the difference.
     """
 
-    text: str | None = None
+    text: tuple[str, ...] = ()
     tokens: int = option(8192, least=2)
-    seq_len: int = option(1024, least=2)
-    choices: str | None = None
+    contexts: tuple[int, ...] = option((1024,), least=2)
+    choices: tuple[str, ...] = ()
     choices_limit: int = option(100, least=1)
     needle_lengths: tuple[int, ...] = option((256, 512, 1024), least=64)
     needle_depths: tuple[float, ...] = option((0.1, 0.5, 0.9), least=0, most=1)
+    needle_trials: int = option(1, least=1)
+    needle_keys: int = option(1, least=1)
+    needle_digits: int = option(5, least=2, most=9)
+    kl_tokens: int = option(2048, least=0)
+    answers: int = option(8, least=0)
+    answer_tokens: int = option(64, least=1)
+    prompts: str | None = None
     control: bool = True
+    window: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokens < self.seq_len:
-            raise RecipeError("tokens", f"{self.tokens} is less than one sequence of {self.seq_len}; lower seq_len")
+        if not self.contexts:
+            raise RecipeError("contexts", "the list is empty; name at least one context, e.g. 1024")
+        if self.tokens < max(self.contexts):
+            limit = max(self.contexts)
+            raise RecipeError("tokens", f"{self.tokens} is less than one sequence of {limit}; lower contexts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from linearize.distill.objectives import (
     FarTarget,
     calibrated_mix,
     decomposed_loss,
+    hidden_loss,
     output_loss,
     weights_loss,
 )
@@ -120,7 +121,7 @@ def gathered(rows, *names):
 
 
 def true_terms(seen):
-    """(far term, mix term, output loss, weights loss) by their formulas, with gradient to mixer and mix."""
+    """(far term, mix term, output loss, weights loss, hidden loss) by their formulas, with gradient to mixer and mix."""
     rows = truth(seen)
     out, near, far, near_lse, far_lse, state, log_mass, logit = gathered(
         rows, "out", "near", "far", "near_lse", "far_lse", "state", "log_mass", "mix"
@@ -135,7 +136,10 @@ def true_terms(seen):
     student = near + r[..., None] * (state - near)
     output = (student - out).square().sum(-1).mean() / out.square().sum(-1).mean()
     divergences = [map_divergence(row, seen.layer.linearize_config.mix) for row in rows]
-    return far_term, mix_term, output, torch.cat(divergences, 1).mean()
+    p = seen.layer.o_proj.weight.detach().double()
+    error, whole = (x.transpose(0, 1).flatten(1) @ p.T for x in (student - out, out))  # (N, hidden)
+    hidden = error.square().sum(-1).mean() / whole.square().sum(-1).mean()
+    return far_term, mix_term, output, torch.cat(divergences, 1).mean(), hidden
 
 
 def map_divergence(row, mix):
@@ -214,13 +218,14 @@ class TestLosses:
     def test_formulas(self, mix, shape, padding):
         seen = make_seen(mix, shape, padding)
         with torch.no_grad():
-            far_term, mix_term, output, weights = true_terms(seen)
+            far_term, mix_term, output, weights, hidden = true_terms(seen)
             assert far_term > 0.05
             assert mix_term > 0.001
             assert weights > mix_term
             assert_near(weights_loss(seen), weights.float())
             assert_near(decomposed_loss(seen), (far_term + mix_term).float())
             assert_near(output_loss(seen), output.float())
+            assert_near(hidden_loss(seen), hidden.float())
 
     @pytest.mark.parametrize("padding", ["full", "left"])
     @pytest.mark.parametrize("mix", MIXES)
@@ -259,8 +264,9 @@ class TestLosses:
         actual = {name: p.grad for name, p in parameters.items()}
         for parameter in parameters.values():
             parameter.grad = None
-        far_term, mix_term, output, weights = true_terms(seen)
-        {"decomposed": far_term + mix_term, "output": output, "weights": weights}[objective].backward()
+        far_term, mix_term, output, weights, hidden = true_terms(seen)
+        truths = {"decomposed": far_term + mix_term, "output": output, "weights": weights, "hidden": hidden}
+        truths[objective].backward()
         for name, parameter in parameters.items():
             assert actual[name].abs().max() > 1e-4, name
             assert_near(actual[name], parameter.grad)
@@ -281,7 +287,7 @@ class TestLosses:
         for mix in MIXES:
             seen = make_seen(mix)
             decomposed_loss(seen).backward()
-            far_term, mix_term, _, _ = true_terms(seen)
+            far_term, mix_term, *_ = true_terms(seen)
             for name, parameter in trained(seen).items():
                 term = far_term if name.startswith("mixer") else mix_term
                 (expected,) = torch.autograd.grad(term, parameter, retain_graph=True)
@@ -329,6 +335,90 @@ class TestLosses:
             largest[length] = record.bytes
         assert largest[2048] <= 4.1 * largest[512]
         assert largest[2048] < 4 * HEADS * 2048 * 2048 / 8
+
+
+class TestBypass:
+    """Negative control of all objectives: right state and right mix are a loss of 0, either of them wrong is not.
+
+    The teacher is uniform (q = k = 0): its far side is a mean over the far keys, which the state of any feature map
+    holds, and its share follows from counting.
+    """
+
+    @pytest.fixture
+    def seen(self):
+        seen = make_seen("normalizer", (64, 4, 2))
+        seen = Observation(seen.layer, torch.zeros_like(seen.q), torch.zeros_like(seen.k), seen.v, None)
+        set_mix(seen.layer, *calibrated_mix(seen))
+        return seen
+
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    def test_right_state_and_right_mix(self, objective, seen):
+        with torch.no_grad():
+            assert OBJECTIVES[objective](seen).abs() < 1e-6
+
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    def test_wrong_state(self, objective, seen):
+        """Later keys count more; the mix is calibrated to it, and cannot make up for it."""
+        mixer = seen.layer.mixer
+        right = mixer.key_features
+        mixer.key_features = lambda k: right(k) * torch.arange(1.0, k.shape[2] + 1)[:, None]
+        set_mix(seen.layer, *calibrated_mix(seen))
+        with torch.no_grad():
+            assert OBJECTIVES[objective](seen) > 1e-2
+
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    @pytest.mark.parametrize("bias", [1.0, -100.0])  # -100: the state is never read
+    def test_wrong_mix(self, objective, bias, seen):
+        seen.layer.mix.bias.data += bias
+        with torch.no_grad():
+            assert OBJECTIVES[objective](seen) > 1e-2
+
+
+class TestHidden:
+    def test_a_bias_of_the_projection_has_no_say(self):
+        seen = make_seen()
+        with torch.no_grad():
+            expected = hidden_loss(seen)
+            seen.layer.o_proj.bias = torch.nn.Parameter(torch.randn(seen.layer.o_proj.out_features))
+            assert hidden_loss(seen) == expected
+
+    def test_lora_on_the_projection_counts_while_it_is_active(self):
+        from peft import LoraConfig, get_peft_model
+
+        seen = make_seen()
+        base = seen.layer.o_proj
+        with torch.no_grad():
+            bare = hidden_loss(seen)
+        holder = get_peft_model(
+            torch.nn.ModuleDict({"o_proj": base}), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+        )
+        seen.layer.o_proj = wrapped = holder.base_model.model["o_proj"]
+        inputs = torch.eye(base.in_features)
+        with torch.no_grad():
+            active = hidden_loss(seen)
+            seen.layer.o_proj = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+            seen.layer.o_proj.weight.copy_(wrapped(inputs).T)
+            assert_near(active, hidden_loss(seen))
+            assert (active - bare).abs() > 1e-3 * bare
+            seen.layer.o_proj = wrapped
+            wrapped.enable_adapters(False)
+            assert hidden_loss(seen) == bare
+            wrapped.enable_adapters(True)
+            wrapped.merge()
+            assert_near(hidden_loss(seen), active)
+
+    def test_errors_that_the_projection_drops_cost_nothing(self):
+        seen = make_seen()
+        with torch.no_grad():
+            kept = torch.zeros(HEADS, SIZE)
+            kept[1] = 1.0
+            seen.layer.o_proj.weight.mul_(kept.flatten())  # one head's outputs go on, the others' do not
+            before = hidden_loss(seen)
+            assert before > 0
+            seen.layer.mixer.query_weight[0] *= -3
+            assert hidden_loss(seen) == before
+            seen.layer.mixer.query_weight[1] *= -3
+            assert hidden_loss(seen) != before
 
 
 class TestWeights:
