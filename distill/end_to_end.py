@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
-from linearize.distill.data import Batch, TokenStream
+from linearize.convert import added_parameters, base_model, converted_layers, original_attention, state_off, switch_of
+from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions
@@ -26,9 +26,20 @@ from linearize.distill.teacher_cache import TeacherCache
 from linearize.distill.transfer import mix_lr_scale
 from linearize.errors import LinearizeError
 
-__all__ = ["CONTROL", "STUDENT", "counted_rows", "distill_losses", "run_distill", "window_dropout"]
+__all__ = [
+    "CONTROL",
+    "STAGE_OF",
+    "STUDENT",
+    "WINDOW",
+    "counted_rows",
+    "distill_losses",
+    "run_distill",
+    "window_dropout",
+]
 
-STUDENT, CONTROL = "default", "control"  # names of the PEFT adapters
+# Who is trained, and the name of its PEFT adapter.
+STUDENT, CONTROL, WINDOW = "default", "control", "window"
+STAGE_OF = {STUDENT: "distill", CONTROL: "control", WINDOW: "window"}
 CLIP = 1.0  # gradient norm: one bad batch must not undo a short training
 
 
@@ -39,7 +50,7 @@ def run_distill(
     folder: Path,
     *,
     accumulation: int = 1,
-    control: bool = False,
+    role: str = STUDENT,
     stage: str | None = None,
 ) -> tuple[Any, Outcome]:
     """Train the student towards its teacher: KL of the logits, and cross-entropy where asked.
@@ -51,41 +62,41 @@ def run_distill(
         stream: training text.
         folder: of the run: `train.jsonl` and `checkpoints/<stage>` go there, and a killed run goes on from there.
         accumulation: batches an optimizer step.
-        control: train the original instead, in a LoRA adapter named "control", from the same teacher: what the
-            training itself does to a model that is not converted. LoRA only.
-        stage: name in the log; None is "distill", or "control".
+        role: who learns. `STUDENT`. `CONTROL`: the original, from the same teacher: what the training itself does to
+            a model that is not converted. `WINDOW`: the conversion without its state: what training does for window
+            and sinks alone. The last two learn in LoRA adapters of their own, named after them, and nothing else.
+        stage: name in the log; None is "distill", "control" or "window".
 
     Returns:
         The model, a PeftModel where LoRA was trained, and what the stage did.
 
     Raises:
         LinearizeError: a model that is not converted, patterns that match no parameter, LoRA targets that name no
-            module, a LoRA unlike the one it goes on with, or a control without LoRA.
+            module, a LoRA unlike the one it goes on with, or another role than the student's without LoRA.
     """
     switch_of(model)  # an error of its own where nothing is converted
-    stage = stage or ("control" if control else "distill")
+    stage = stage or STAGE_OF[role]
     device = base_model(model).get_input_embeddings().weight.device
     lora = options.train == "lora"
-    if control and not lora:
+    if role != STUDENT and not lora:
         raise LinearizeError(
-            f"stages: a control is trained with LoRA only, and train is {list(options.train)}; set train to lora, "
-            "or evaluate.control to false"
+            f"stages: a {role} row is trained with LoRA only, and train is {list(options.train)}; set train to lora, "
+            f"or evaluate.{role} to false"
         )
-    if control and options.kl_weight and not options.ce_weight:
+    if role == CONTROL and options.kl_weight and not options.ce_weight:
         # KL to oneself is 0 from the start: the control of pure distillation learns from the text itself.
         options = replace(options, kl_weight=0.0, ce_weight=1.0)
     model.requires_grad_(False)
     if options.train == "lora":
-        name = CONTROL if control else STUDENT
-        model = _with_lora(model, options, name)
-        parameters = {n: p for n, p in model.named_parameters() if f".{name}." in n}
+        model = _with_lora(model, options, role)
+        parameters = {n: p for n, p in model.named_parameters() if ".lora_" in n and f".{role}." in n}
         teacher: Callable[[], AbstractContextManager[Any]] = lambda: _untrained(model)  # noqa: E731
     else:
         parameters = _chosen(model, options.train)
         frozen = copy.deepcopy(model)
         teacher = lambda: _untrained(frozen)  # noqa: E731
     added = added_parameters(model)
-    if not control:
+    if role == STUDENT:
         known = {id(p) for p in parameters.values()}
         parameters |= {n: p for n, p in added.items() if id(p) not in known}
     for parameter in parameters.values():
@@ -94,9 +105,13 @@ def run_distill(
     if options.teacher_cache is not None and options.top_k is not None:
         cache = TeacherCache(options.teacher_cache, model, options.top_k, options.temperature)
 
+    def trained(batch: Batch) -> AbstractContextManager[Any]:
+        if role == CONTROL:
+            return original_attention(model)
+        return state_off(model) if role == WINDOW else window_dropout(model, batch, options.window_dropout)
+
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
-        switched = original_attention(model) if control else window_dropout(model, batch, options.window_dropout)
-        losses = distill_losses(model, teacher, batch, options, switched, cache)
+        losses = distill_losses(model, teacher, batch, options, trained(batch), cache)
         backward(losses["loss"])
         return {key: x.detach() for key, x in losses.items()}
 
@@ -112,7 +127,7 @@ def run_distill(
         lr_scale=lambda name: mix_lr_scale(name) * (options.mixer_lr / options.lr if name in added else 1.0),
         clip=CLIP,
     )
-    if control and STUDENT in model.peft_config:
+    if role != STUDENT and STUDENT in model.peft_config:
         model.set_adapter(STUDENT)
     model.requires_grad_(False)
     return model, outcome
@@ -148,11 +163,6 @@ def distill_losses(
         temperature=options.temperature,
     )
     return {"loss": loss} | terms
-
-
-def model_inputs(batch: Batch) -> Batch:
-    """What of a batch the model reads."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
 @contextmanager

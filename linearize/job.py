@@ -6,6 +6,7 @@ OUT/train.jsonl      the log of the stages
 OUT/checkpoints/     inside a stage, to go on after a kill
 OUT/student/         part "student": the conversion, taught
 OUT/control/         part "control": the original after the same end-to-end training
+OUT/window/          part "window": the conversion without its state, after the same end-to-end training
 OUT/evaluate.json, OUT/bench.json, OUT/report.html      the parts of these names
 """
 
@@ -26,7 +27,7 @@ from linearize.checkpoint import save
 from linearize.console import note
 from linearize.convert import convert, is_converted
 from linearize.distill.data import TokenStream, build_stream
-from linearize.distill.end_to_end import CONTROL, STUDENT, run_distill
+from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
 from linearize.distill.options import Budget, DistillOptions
 from linearize.distill.recipe import Recipe, dump_recipe
@@ -36,11 +37,11 @@ from linearize.inspection import inspect_config
 from linearize.models import load_config, load_model, load_tokenizer, resolve_dtype
 from linearize.rows import comparison_rows, speed_rows
 from linearize.tables import print_bench, print_evaluation
-from linearize.tasks import check_evaluation, held_out_tokens
+from linearize.tasks import check_evaluation, evaluation_texts
 
 __all__ = ["PARTS", "Job"]
 
-PARTS = ("student", "control", "evaluate", "bench", "report")
+PARTS = ("student", CONTROL, WINDOW, "evaluate", "bench", "report")
 KIND = "linearize.progress"
 
 
@@ -63,11 +64,14 @@ class Job:
         distills = [options for _, options in self.stages if isinstance(options, DistillOptions)]
         # Training that changes the original's own weights makes a whole student; else the student is an adapter.
         self.whole = any(options.train != "lora" for options in distills)
-        self.control = bool(distills) and recipe.evaluate.control
-        if self.whole and self.control:
+        asked = {CONTROL: recipe.evaluate.control, WINDOW: recipe.evaluate.window}
+        # What is trained beside the student, in the same way.
+        self.beside = [role for role, wanted in asked.items() if distills and wanted]
+        if self.whole and self.beside:
+            role = self.beside[0]
             raise LinearizeError(
-                "evaluate.control: a control is trained with LoRA only, and a distill stage trains chosen parameters; "
-                "set train to lora, or evaluate.control to false"
+                f"evaluate.{role}: a {role} row is trained with LoRA only, and a distill stage trains chosen "
+                f"parameters; set train to lora, or evaluate.{role} to false"
             )
         self._progress = self._open()
 
@@ -80,7 +84,8 @@ class Job:
         for part in parts:
             if part not in PARTS:
                 raise LinearizeError(f"parts: {part!r} is unknown; choose from {', '.join(PARTS)}")
-        parts = [part for part in PARTS if part in parts and (part != CONTROL or self.control)]
+        absent = {CONTROL, WINDOW} - set(self.beside)
+        parts = [part for part in PARTS if part in parts and part not in absent]
         self._check(parts)
         made = []
         try:
@@ -124,7 +129,7 @@ class Job:
         """What would fail after the training is found before it. Then the folder is begun."""
         inspect_config(load_config(self.recipe.model), self.recipe.convert)
         if "evaluate" in parts:
-            check_evaluation(self.recipe.evaluate, self._held_out, self._tokenizer, self.recipe.seed)
+            check_evaluation(self.recipe.evaluate, self._texts, self._tokenizer, self.recipe.seed)
         if not (self.folder / "recipe.yaml").is_file():
             self._write_progress()
             dump_recipe(self.recipe, self.folder / "recipe.yaml")
@@ -134,8 +139,8 @@ class Job:
         return load_tokenizer(self.recipe.model)
 
     @cached_property
-    def _held_out(self) -> torch.Tensor:
-        return held_out_tokens(self.recipe.evaluate, self.recipe.data, self.recipe.seed, self._tokenizer)
+    def _texts(self) -> dict[str, torch.Tensor]:
+        return evaluation_texts(self.recipe.evaluate, self.recipe.data, self.recipe.seed, self._tokenizer)
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -149,11 +154,12 @@ class Job:
 
     @cached_property
     def _model(self) -> Any:
-        """The student, with its LoRA apart; and the control's beside it where that is trained."""
+        """The student, with its LoRA apart; and those that were trained beside it."""
         model, _ = load_model(self.folder / "student", self._dtype, merge=False)
-        if CONTROL in self._progress["done"]:
-            model.load_adapter(str(self.folder / CONTROL), adapter_name=CONTROL)
-            model.set_adapter(STUDENT)
+        for role in self.beside:
+            if role in self._progress["done"]:
+                model.load_adapter(str(self.folder / role), adapter_name=role)
+                model.set_adapter(STUDENT)
         return model
 
     def _stream(self, model: Any) -> TokenStream:
@@ -191,32 +197,39 @@ class Job:
         return self.folder / "student"
 
     def _control(self) -> Path:
+        return self._trained_beside(CONTROL)
+
+    def _window(self) -> Path:
+        return self._trained_beside(WINDOW)
+
+    def _trained_beside(self, role: str) -> Path:
+        """The end-to-end stages once more for another role: the same text, steps and settings."""
         model = self._model
         stream = self._stream(model)
         for index, (stage, options) in enumerate(self.stages):
             if isinstance(options, DistillOptions):
                 stream.load_state_dict(self._progress["streams"][stage])
                 torch.manual_seed(self.recipe.seed + index)
-                name = stage.replace("distill", CONTROL)
+                name = stage.replace("distill", STAGE_OF[role])
                 # The student's steps, not its minutes: the original is faster, and would see more text in them.
                 options = replace(options, budget=Budget(steps=self._progress["steps"][stage]))
                 shared = {"accumulation": self.recipe.gradient_accumulation}
-                model, outcome = run_distill(model, stream, options, self.folder, control=True, stage=name, **shared)
+                model, outcome = run_distill(model, stream, options, self.folder, role=role, stage=name, **shared)
                 _say(name, outcome)
         # peft puts a named adapter into a folder of its own inside the one it is given, beside files we do not want.
-        partial = self.folder / "control.partial"
-        model.save_pretrained(partial, selected_adapters=[CONTROL], save_embedding_layers=False)
-        shutil.rmtree(self.folder / CONTROL, ignore_errors=True)
-        os.replace(partial / CONTROL, self.folder / CONTROL)
+        partial = self.folder / f"{role}.partial"
+        model.save_pretrained(partial, selected_adapters=[role], save_embedding_layers=False)
+        shutil.rmtree(self.folder / role, ignore_errors=True)
+        os.replace(partial / role, self.folder / role)
         shutil.rmtree(partial)
-        return self.folder / CONTROL
+        return self.folder / role
 
     def _evaluate(self) -> Path:
         from linearize.benchmarks.evaluate import evaluate_rows
 
         base = load_model(self.recipe.model, self._dtype)[0] if self.whole else None
         rows = comparison_rows(self._model, base)
-        result = evaluate_rows(rows, self._tokenizer, self._held_out, self.recipe.evaluate, self.recipe.seed)
+        result = evaluate_rows(rows, self._tokenizer, self._texts, self.recipe.evaluate, self.recipe.seed)
         print_evaluation(result)
         return write_json(self.folder / "evaluate.json", result)
 
@@ -231,7 +244,7 @@ class Job:
         result = bench_decode(
             speed_rows(model),
             options.contexts,
-            self._held_out,
+            next(iter(self._texts.values())),
             decode_tokens=options.decode_tokens,
             repeats=options.repeats,
             batch=options.batch,

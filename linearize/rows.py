@@ -3,6 +3,7 @@
     original          the teacher
     control           the teacher after the same end-to-end training as the student
     window + sinks    the original's weights with the near side only: what conversion costs before any state
+    window + sinks, trained    the same after the same end-to-end training as the student
     student           the trained student
     student, state off, student, window off      which side carries it
 
@@ -25,10 +26,10 @@ from linearize.convert import (
     window_off,
 )
 
-__all__ = ["CONTROL", "Rows", "comparison_rows", "speed_rows"]
+__all__ = ["CONTROL", "WINDOW", "Rows", "comparison_rows", "speed_rows"]
 
 Rows = dict[str, Callable[[], AbstractContextManager[Any]]]
-CONTROL = "control"
+CONTROL, WINDOW = "control", "window"  # names of PEFT adapters
 
 
 def comparison_rows(model: Any, base: Any = None) -> Rows:
@@ -37,7 +38,7 @@ def comparison_rows(model: Any, base: Any = None) -> Rows:
     Args:
         model: an original, which gets the rows `original` and `window + sinks` and is converted for that; a student
             whose own weights are the original's (its LoRA unmerged); or any student, with `base`. A PeftModel with
-            an adapter named `control` gets that row too.
+            adapters named `control` or `window` gets those rows too.
         base: the original, for a student whose weights training changed or merged; converted here for its rows.
     """
     if not is_converted(model):
@@ -49,8 +50,10 @@ def comparison_rows(model: Any, base: Any = None) -> Rows:
         source = convert(base, replace(config, mixer="none"))
     rows: Rows = {"original": lambda: _untrained(source, original_attention)}
     if CONTROL in getattr(model, "peft_config", {}):
-        rows[CONTROL] = lambda: _control(model)
+        rows[CONTROL] = lambda: _with_adapter(model, CONTROL, original_attention)
     rows["window + sinks"] = lambda: _untrained(source, state_off)
+    if WINDOW in getattr(model, "peft_config", {}):
+        rows["window + sinks, trained"] = lambda: _with_adapter(model, WINDOW, state_off)
     rows["student"] = lambda: nullcontext(model)
     if _has_state(model):
         rows["student, state off"] = lambda: state_off(model)
@@ -82,12 +85,12 @@ def _untrained(model: Any, switch: Callable[[Any], AbstractContextManager[Any]])
 
 
 @contextmanager
-def _control(model: Any) -> Iterator[Any]:
-    """The original attention with the control's LoRA instead of the student's."""
+def _with_adapter(model: Any, name: str, switch: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+    """The model under a switch, with another LoRA instead of the student's."""
     before = model.active_adapter
-    model.set_adapter(CONTROL)
+    model.set_adapter(name)
     try:
-        with original_attention(model):
+        with switch(model):
             yield model
     finally:
         model.set_adapter(before)

@@ -6,10 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linearize import LinearizeConfig, LinearizeError, convert, original_attention
-from linearize.convert import added_parameters, base_model
+from linearize import LinearizeConfig, LinearizeError, convert, original_attention, state_off, window_off
+from linearize.convert import added_parameters, base_model, switch_of
 from linearize.distill import end_to_end
-from linearize.distill.end_to_end import CONTROL, STUDENT, distill_losses, run_distill
+from linearize.distill.end_to_end import (
+    CONTROL,
+    STUDENT,
+    WINDOW,
+    counted_rows,
+    distill_losses,
+    run_distill,
+    window_dropout,
+)
 from linearize.distill.logit_losses import ROWS_AT_ONCE, logit_losses
 from linearize.distill.options import Budget, DistillOptions
 from tests.tiny_models import make_model, make_student, make_tokens
@@ -242,7 +250,7 @@ class TestControl:
         student, _ = run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), options(2), tmp_path)
         before, tokens = snapshot(student), make_tokens(2, 40)
         said = logits_of(student, tokens)
-        model, outcome = run_distill(student, TokenRows(2, 40), options(2), tmp_path, control=True)
+        model, outcome = run_distill(student, TokenRows(2, 40), options(2), tmp_path, role=CONTROL)
         assert list(model.peft_config) == [STUDENT, CONTROL]
         assert model.active_adapter == STUDENT
         assert not any(p.requires_grad for p in model.parameters())
@@ -260,7 +268,7 @@ class TestControl:
 
     def test_its_lora_changes_the_original_and_teaches_it(self, tmp_path):
         model, outcome = run_distill(make_student("llama", "normalizer"), OneText(2, 40), options(1), tmp_path)
-        model, outcome = run_distill(model, OneText(2, 40), options(30, ce_weight=0.0), tmp_path, control=True)
+        model, outcome = run_distill(model, OneText(2, 40), options(30, ce_weight=0.0), tmp_path, role=CONTROL)
         batch = OneText(2, 40).at(0)["input_ids"]
         original = logits_of(make_model("llama"), batch)
         model.set_adapter(CONTROL)
@@ -276,7 +284,7 @@ class TestControl:
 
     def test_training_the_student_on_leaves_the_control_alone(self, tmp_path):
         model, _ = run_distill(make_student("llama", "normalizer"), TokenRows(1, 40), options(1), tmp_path)
-        model, _ = run_distill(model, TokenRows(1, 40), options(2), tmp_path, control=True)
+        model, _ = run_distill(model, TokenRows(1, 40), options(2), tmp_path, role=CONTROL)
         before = snapshot(model)
         model, _ = run_distill(model, TokenRows(1, 40), options(2), tmp_path, stage="distill-2")
         after = snapshot(model)
@@ -289,7 +297,7 @@ class TestControl:
     def test_of_a_student_without_lora(self, tmp_path):
         student = make_student("llama", "normalizer")
         before = snapshot(student)
-        model, outcome = run_distill(student, TokenRows(1, 40), options(2), tmp_path, control=True)
+        model, outcome = run_distill(student, TokenRows(1, 40), options(2), tmp_path, role=CONTROL)
         assert outcome.steps == 2
         assert list(model.peft_config) == [CONTROL]
         after = {name.replace(".base_layer.", "."): x for name, x in base_model(model).state_dict().items()}
@@ -297,17 +305,149 @@ class TestControl:
 
     def test_with_cross_entropy_asked_for_both_terms_stay(self, tmp_path):
         _, outcome = run_distill(
-            make_student("llama", "normalizer"), TokenRows(1, 40), options(2, ce_weight=0.3), tmp_path, control=True
+            make_student("llama", "normalizer"), TokenRows(1, 40), options(2, ce_weight=0.3), tmp_path, role=CONTROL
         )
         assert outcome.first.keys() == {"loss", "kl", "ce"}
         assert abs(outcome.first["kl"]) < 1e-6
 
 
+class TestWindow:
+    """Window + sinks, trained in the same way: the baseline that a state has to beat."""
+
+    def test_trains_window_and_sinks_in_an_adapter_of_its_own(self, tmp_path):
+        student, _ = run_distill(make_student("llama", "normalizer"), OneText(2, 64), options(1), tmp_path)
+        before, tokens = snapshot(student), OneText(2, 64).at(0)["input_ids"]
+        teacher = logits_of(make_model("llama"), tokens)
+        with student.disable_adapter(), state_off(student):
+            untrained = divergence(logits_of(student, tokens), teacher)
+        model, outcome = run_distill(student, OneText(2, 64), options(30), tmp_path, role=WINDOW)
+        assert list(model.peft_config) == [STUDENT, WINDOW]
+        assert model.active_adapter == STUDENT
+        # It starts where the untrained window + sinks stand, learns, and nothing of the student moves.
+        assert outcome.first["kl"] == pytest.approx(float(untrained), rel=1e-4)
+        after = snapshot(model)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        model.set_adapter(WINDOW)
+        with state_off(model):
+            assert divergence(logits_of(model, tokens), teacher) < 0.7 * untrained
+        assert log_lines(tmp_path)[-1]["stage"] == "window"
+
+
+class TestWindowDropout:
+    def test_layers_see_less(self):
+        """The windows drawn are those of models converted with them, and none is the state alone."""
+        student = make_student("llama", "normalizer", window=8)
+        tokens = make_tokens(2, 64)
+        for window in (4, 2):
+            switch_of(student).windows = dict.fromkeys(range(3), window)
+            other = make_student("llama", "normalizer", window=window)
+            other.load_state_dict(student.state_dict())
+            assert torch.equal(logits_of(student, tokens), logits_of(other, tokens))
+        switch_of(student).windows = {}
+        with window_off(student):
+            alone = logits_of(student, tokens)
+        switch_of(student).windows = dict.fromkeys(range(3), 0)
+        assert torch.equal(logits_of(student, tokens), alone)
+
+    def test_draws_depend_on_the_batch_alone(self):
+        student = make_student("llama", "normalizer")
+        draws = []
+        for index in (0, 1, 0):
+            with window_dropout(student, TokenRows(1, 64).at(index), 0.5):
+                draws.append(switch_of(student).windows)
+            assert switch_of(student).windows == {}
+        assert draws[0] == draws[2] != draws[1]
+
+    def test_share_and_choices(self):
+        student = make_student("llama", "normalizer", window=8)
+        seen = []
+        for index in range(200):
+            with window_dropout(student, TokenRows(1, 16).at(index), 0.3):
+                seen += switch_of(student).windows.values()
+        assert 0.2 < len(seen) / 600 < 0.4
+        assert set(seen) == {4, 2, 0}
+
+    def test_training_draws_and_zero_does_not(self, monkeypatch, tmp_path):
+        seen = []
+        train_losses = end_to_end.distill_losses
+
+        def record(model, teacher, batch, given, student, cache):
+            with student:
+                seen.append(dict(switch_of(model).windows))
+            return train_losses(model, teacher, batch, given, nullcontext(), cache)
+
+        monkeypatch.setattr(end_to_end, "distill_losses", record)
+        student = make_student("llama", "normalizer")
+        run_distill(student, TokenRows(1, 40), options(2, window_dropout=1.0), tmp_path / "a")
+        assert all(len(windows) == 3 for windows in seen)
+        run_distill(make_student("llama", "normalizer"), TokenRows(1, 40), options(2), tmp_path / "b")
+        assert seen[-1] == {}
+
+
+class TestTeacherCache:
+    def run(self, folder, out, **changes):
+        given = options(3, top_k=10, teacher_cache=str(folder), **changes)
+        return run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), given, out)[1]
+
+    def test_the_second_run_asks_no_teacher_and_learns_the_same(self, tmp_path, monkeypatch):
+        asked = []
+        ask = end_to_end._untrained
+        monkeypatch.setattr(end_to_end, "_untrained", lambda model: asked.append(1) or ask(model))
+        without = run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), options(3, top_k=10), tmp_path)[1]
+        first = self.run(tmp_path / "kept", tmp_path / "a")
+        assert len(asked) == 6
+        second = self.run(tmp_path / "kept", tmp_path / "b")
+        assert len(asked) == 6
+        assert without.last == first.last == second.last
+        assert len(list((tmp_path / "kept").iterdir())) == 3
+
+    @pytest.mark.parametrize("changes", [{"top_k": 9}, {"temperature": 2.0}])
+    def test_another_question_is_asked_anew(self, tmp_path, changes):
+        self.run(tmp_path / "kept", tmp_path / "a")
+        given = {"top_k": 10, "teacher_cache": str(tmp_path / "kept")} | changes
+        run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), options(3, **given), tmp_path / "b")
+        assert len(list((tmp_path / "kept").iterdir())) == 6
+
+    def test_a_damaged_file(self, tmp_path):
+        self.run(tmp_path / "kept", tmp_path / "a")
+        for path in (tmp_path / "kept").iterdir():
+            path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(LinearizeError, match=r"teacher_cache: .*safetensors cannot be read .*remove that file"):
+            self.run(tmp_path / "kept", tmp_path / "b")
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("linearize.distill.teacher_cache.save_file", full)
+        with pytest.raises(LinearizeError, match=r"cannot be written .*No space left.*set teacher_cache to null"):
+            self.run(tmp_path / "kept", tmp_path / "a")
+        assert list((tmp_path / "kept").iterdir()) == []
+
+
+class TestCountedRows:
+    def test_documents_and_answers(self):
+        batch = {
+            "input_ids": torch.arange(8)[None],
+            "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
+            "loss_mask": torch.tensor([[1, 0, 1, 1, 1, 0, 1, 1]]),
+        }
+        expected = torch.tensor([[False, True, False, True, False, True, True, False]])
+        compared, scored = counted_rows(batch)
+        assert torch.equal(compared, expected)
+        assert torch.equal(scored, expected)
+
+    def test_plain_rows(self):
+        compared, scored = counted_rows({"input_ids": torch.arange(4)[None]})
+        assert compared.tolist() == [[True] * 4]
+        assert scored.tolist() == [[True, True, True, False]]
+
+
 class TestRefusals:
-    def refused(self, tmp_path, student, control=False, **changes):
+    def refused(self, tmp_path, student, role=STUDENT, **changes):
         before = snapshot(student)
         with pytest.raises(LinearizeError) as error:
-            run_distill(student, TokenRows(1, 40), options(**changes), tmp_path, control=control)
+            run_distill(student, TokenRows(1, 40), options(**changes), tmp_path, role=role)
         assert snapshot(student).keys() == before.keys()
         assert not list(tmp_path.iterdir())
         return str(error.value)
@@ -333,9 +473,9 @@ class TestRefusals:
         assert changed == added.keys()
 
     def test_control_without_lora(self, tmp_path):
-        message = self.refused(tmp_path, make_student("llama", "none"), control=True, train=["*.mlp.*"])
+        message = self.refused(tmp_path, make_student("llama", "none"), role=CONTROL, train=["*.mlp.*"])
         assert message == (
-            "stages: a control is trained with LoRA only, and train is ['*.mlp.*']; set train to lora, or "
+            "stages: a control row is trained with LoRA only, and train is ['*.mlp.*']; set train to lora, or "
             "evaluate.control to false"
         )
 

@@ -15,7 +15,7 @@ from torch import nn
 from linearize import LinearizeError
 from linearize.convert import added_parameters
 from linearize.distill import checkpoints
-from linearize.distill.end_to_end import run_distill
+from linearize.distill.end_to_end import CONTROL, run_distill
 from linearize.distill.loop import FINAL_LR, Outcome, learning_rate, progress_of, train
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.distill.transfer import run_transfer
@@ -529,7 +529,7 @@ class TestGoingOn:
         run_transfer(student, TokenRows(1, 32), options(steps=2), tmp_path)
         settings = DistillOptions(budget=Budget(steps=1), lora_rank=2)
         model, _ = run_distill(student, TokenRows(1, 32), settings, tmp_path)
-        run_distill(model, TokenRows(1, 32), settings, tmp_path, control=True)
+        run_distill(model, TokenRows(1, 32), settings, tmp_path, role=CONTROL)
         found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoints/*/*"))
         assert found == [
             "checkpoints/control/step-00000001",

@@ -24,7 +24,7 @@ from tests.saved_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "In a small house near the far hill they keep what they saw and forget the rest.\n"
-ALL = ["student", "control", "evaluate.json", "bench.json", "report.html"]
+ALL = ["student", "control", "window", "evaluate.json", "bench.json", "report.html"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,13 @@ def place(tmp_path_factory) -> Path:
         "convert": {"window": 8, "sinks": 2},
         "data": {"sources": [{"kind": "text", "path": str(folder / "text.txt")}], "seq_len": 64},
         "stages": [{"transfer": stage}, {"distill": stage | {"lora_rank": 2}}],
-        "evaluate": {"tokens": 256, "seq_len": 64, "needle_lengths": [100], "needle_depths": [0.5]},
+        "evaluate": {
+            "tokens": 256,
+            "seq_len": 64,
+            "needle_lengths": [100],
+            "needle_depths": [0.5],
+            "window": True,
+        },
         "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1},
         "dtype": "float32",
     }
@@ -79,11 +85,11 @@ class TestRun:
             assert (out / name).exists()
         assert not (out / "control.partial").exists()
         stages = [json.loads(line)["stage"] for line in (out / "train.jsonl").read_text().splitlines()]
-        assert stages == ["transfer"] * 3 + ["distill"] * 3 + ["control"] * 3
+        assert stages == ["transfer"] * 3 + ["distill"] * 3 + ["control"] * 3 + ["window"] * 3
 
     def test_says_what_each_stage_did(self, finished: tuple[Path, Result]):
         lines = finished[1].stderr.splitlines()
-        for stage in ("transfer", "distill", "control"):
+        for stage in ("transfer", "distill", "control", "window"):
             assert any(line.startswith(f"{stage}: 3 steps, 192 tokens in ") for line in lines)
         assert sum(line.startswith("  layer.") for line in lines) == 2
 
@@ -94,6 +100,7 @@ class TestRun:
             "original",
             "control",
             "window + sinks",
+            "window + sinks, trained",
             "student",
             "student, state off",
             "student, window off",
@@ -118,7 +125,7 @@ class TestRun:
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
         result = run(place, out)
         assert result.exit_code == 0, result.output
-        assert result.stderr.count("done before") == 4
+        assert result.stderr.count("done before") == 5
         after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
         assert {path.name for path in after if after[path] != before.get(path)} == {"report.html"}
 
@@ -132,7 +139,7 @@ class TestRun:
 
     def test_distill_makes_the_student_and_run_goes_on(self, place: Path, tmp_path: Path, finished):
         out = tmp_path / "out"
-        settings = ("evaluate.control=false",)
+        settings = ("evaluate.control=false", "evaluate.window=false")
         result = run(place, out, *settings, command="distill")
         assert result.exit_code == 0, result.output
         assert result.stdout == f"{out / 'student'}\n"
@@ -142,10 +149,11 @@ class TestRun:
         assert result.exit_code == 0, result.output
         assert "[1/4] student: done before" in result.stderr
         assert not (out / "control").exists()
+        assert not (out / "window").exists()
 
 
 class TestGoingOn:
-    @pytest.mark.parametrize("part", ["control", "evaluate", "bench"])
+    @pytest.mark.parametrize("part", ["control", "window", "evaluate", "bench"])
     def test_after_a_stop_between_parts(self, place: Path, tmp_path: Path, finished, monkeypatch, part: str):
         def stop(self):
             raise KeyboardInterrupt
@@ -186,7 +194,7 @@ class TestGoingOn:
         out = tmp_path / "out"
         answers = iter([(torch.bfloat16, "first"), (torch.float32, "second")])
         monkeypatch.setattr(job, "resolve_dtype", lambda name: next(answers))
-        settings = ("dtype=auto", "evaluate.control=false")
+        settings = ("dtype=auto", "evaluate.control=false", "evaluate.window=false")
         assert run(place, out, *settings, command="distill").exit_code == 0
         assert run(place, out, *settings).exit_code == 0
         assert json.loads((out / "bench.json").read_text())["dtypes"]["student"] == "bfloat16"
@@ -194,7 +202,8 @@ class TestGoingOn:
 
 class TestOtherRecipes:
     def test_chosen_parameters_make_a_whole_student(self, place: Path, tmp_path: Path):
-        settings = ("stages.1.distill.train=['*.o_proj.weight']", "evaluate.control=false")
+        train = "stages.1.distill.train=['*.o_proj.weight']"
+        settings = (train, "evaluate.control=false", "evaluate.window=false")
         result = run(place, tmp_path / "out", *settings)
         assert result.exit_code == 0, result.output
         student = weights(tmp_path / "out" / "student")
@@ -220,7 +229,7 @@ class TestOtherRecipes:
         assert result.exit_code == 0, result.output
         lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
         stages = [json.loads(line)["stage"] for line in lines]
-        assert stages == ["distill", "distill-2", "control", "control-2"]
+        assert stages == [f"{name}{more}" for name in ("distill", "control", "window") for more in ("", "-2")]
         assert list((tmp_path / "out" / "texts").iterdir())
 
 
@@ -230,11 +239,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            (["stages.1.distill.train=['*.o_proj.weight']"], "evaluate.control: a control is trained with LoRA only"),
+            (
+                ["stages.1.distill.train=['*.o_proj.weight']"],
+                "evaluate.control: a control row is trained with LoRA only",
+            ),
             (["stages.1={transfer: {budget: {steps: 1}}}"], "stages: transfer is listed twice; give it once"),
-            (["evaluate.text=nowhere.txt"], "text: 'nowhere.txt' is not a file"),
-            (["evaluate.choices=nowhere.jsonl"], "choices: 'nowhere.jsonl' is not a file"),
-            (["evaluate.tokens=99999", "evaluate.seq_len=99999"], "held-out tokens do not fill one sequence of 99999"),
+            (["evaluate.text=[nowhere.txt]"], "text: 'nowhere.txt' is not a file"),
+            (["evaluate.choices=[nowhere.jsonl]"], "choices: 'nowhere.jsonl' is not a file"),
+            (["evaluate.tokens=99999", "evaluate.contexts=[99999]"], "held-out tokens do not fill one sequence of 99999"),
             (["evaluate.needle_lengths=[65]"], "needle_lengths: 65 is too short for the sentence"),
             (["data.held_out=0"], "data.held_out: 0.0 leaves no text to evaluate on"),
             (["data.sources.0.path=nowhere.txt"], "nowhere.txt"),
