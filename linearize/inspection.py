@@ -7,7 +7,7 @@ Bytes are those of the cache at one sequence:
 
     softmax layer     T * kv_heads * 2 D * dtype_bytes                       grows with the context T
     converted layer   (2 W + S) * kv_heads * 2 D * dtype_bytes               near keys and values, and sinks
-                      + kv_heads * F * (D + 1) * 4                           state and normaliser, float32
+                      + kv_heads * F * (D + 1) * 4                           state and normaliser, float32 (gla: F * D)
 """
 
 from collections.abc import Sequence
@@ -139,5 +139,7 @@ def layer_bytes(config: LinearizeConfig, kv_heads: int, head_dim: int, value_dim
     near = (2 * config.window + config.sinks) * kv_heads * (head_dim + value_dim) * DTYPE_BYTES[dtype]
     if config.mixer == "none":
         return near
+    if config.mixer == "gla":  # softmax over the head's channels, and no normaliser
+        return near + kv_heads * head_dim * value_dim * STATE_BYTES
     features = 2 * (config.feature_dim or head_dim)  # hedgehog: softmax(xW) and softmax(-xW)
     return near + kv_heads * features * (value_dim + 1) * STATE_BYTES

@@ -21,6 +21,7 @@ from linearize.kernels.near_far import (
     near_far_step,
 )
 from linearize.kernels.near_far.chunked import near_far_chunked
+from linearize.kernels.near_far.mixers import Gla
 from tests.cost import LargestTensor, flops, growth_of_time, peak_bytes
 from tests.near_far_cases import (
     FAR,
@@ -590,7 +591,7 @@ class TestInterface:
         assert linearize.near_far_attention is near_far_attention
 
     def test_mixers_by_name(self):
-        assert dict(MIXERS) == {"none": None, "hedgehog": Hedgehog}
+        assert dict(MIXERS) == {"none": None, "hedgehog": Hedgehog, "gla": Gla}
 
     def test_hedgehog_is_native_to_grouped_queries(self):
         mixer = Hedgehog(6, 2, 8, 5)

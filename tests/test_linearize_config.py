@@ -13,12 +13,20 @@ CONFIGS = [
     LinearizeConfig(mixer="none", window=1, sinks=0),
     LinearizeConfig(mix="gate", softmax_layers="every:4", feature_dim=32),
     LinearizeConfig(softmax_layers=[3, 1, 1]),
+    LinearizeConfig(mixer="gla", mix="gate", mix_input="fixed", mix_start=-0.5),
+    LinearizeConfig(mix="peak", mix_input="head", mix_start=2.5, feature_scale=1.0),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_json_round_trip(config):
     assert LinearizeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_older_versions_saved():
+    old = {"mixer": "hedgehog", "window": 8, "sinks": 2, "mix": "gate", "softmax_layers": [1], "feature_dim": None}
+    config = LinearizeConfig.from_dict(old)
+    assert (config.mix_input, config.mix_start, config.feature_scale) == ("query", 0.0, None)
 
 
 def test_every_mixer_name_has_its_class():
@@ -36,7 +44,19 @@ def test_kept_layers():
     ("settings", "message"),
     [
         ({"mixer": "hedgehogs"}, "mixer: 'hedgehogs' is unknown; did you mean 'hedgehog'?"),
-        ({"mixer": "gla"}, "mixer: 'gla' is unknown; known: none, hedgehog"),
+        ({"mixer": "rwkv"}, "mixer: 'rwkv' is unknown; known: none, hedgehog, gla"),
+        (
+            {"mixer": "gla"},
+            "mix: 'normalizer' weighs the far side by its mass, and mixer 'gla' has none; use mix 'gate'",
+        ),
+        ({"mixer": "gla", "mix": "gate", "feature_dim": 8}, "feature_dim: 8 is for a learned feature map, and mixer"),
+        (
+            {"mixer": "gla", "mix": "gate", "feature_scale": 1},
+            "feature_scale: 1 is for a learned feature map, and mixer",
+        ),
+        ({"mix_input": "heads"}, "mix_input: 'heads' is unknown; did you mean 'head'?"),
+        ({"mix_start": float("inf")}, "mix_start: inf is not a finite number; 0 weighs both sides alike"),
+        ({"feature_scale": "1"}, "feature_scale: '1' is not a finite number; leave it out"),
         ({"mix": "gates"}, "mix: 'gates' is unknown; did you mean 'gate'?"),
         ({"window": 0, "mixer": "none"}, "window: 0 is not an integer >= 1; the smallest window is 1 token"),
         ({"window": 2.0}, "window: 2.0 is not an integer >= 1"),

@@ -15,6 +15,7 @@ from tests.tiny_models import FAMILIES, make_config
 
 CONFIGS = {
     "hedgehog": LinearizeConfig(window=8, sinks=2),
+    "gla": LinearizeConfig(mixer="gla", mix="gate", window=8, sinks=2),
     "narrow": LinearizeConfig(window=4, sinks=0, feature_dim=3, mix="gate"),
     "no state": LinearizeConfig(mixer="none", window=8, sinks=1),
     "hybrid": LinearizeConfig(window=8, sinks=2, softmax_layers=(1,)),

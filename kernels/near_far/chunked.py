@@ -92,7 +92,7 @@ def near_far_rows(
     Returns o (B, H, T, V) in q's dtype and that state, without gradient; None without `keep` or a mixer.
     """
     kv_heads, sinks = k.shape[1], sink_k.shape[2]
-    near = _Near(sink_k, sink_v, window, scale, start)
+    near = _Near(sink_k, sink_v, window, scale, start, from_peak=mix == "peak")
     logits: Tensor | None = None
     if mixer is not None and mix_logit is not None:
         logits = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).expand(q.shape[:3])[..., None]
@@ -131,15 +131,17 @@ def near_chunked(
     window: int,
     scale: float | None = None,
     start: int | Tensor = 0,
+    from_peak: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the sinks, the chunk before and the own chunk (causal).
 
     q: (B, H, T, D), k: (B, K, T, D), v: (B, K, T, V), sink_k: (B, K, S, D), sink_v: (B, K, S, V).
     start: position of the first token, a multiple of W; one a batch (int) or one a row (B,). Queries of the first
     chunk are right only where it is 0: the chunk before it is not among the keys.
+    from_peak: give log Z_near less the largest near logit instead, which mix "peak" asks for.
     Returns o_near (B, H, T, V) and log Z_near (B, H, T), in the accumulation dtype.
     """
-    near = _Near(sink_k, sink_v, window, scale, start)
+    near = _Near(sink_k, sink_v, window, scale, start, from_peak)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for first, q_block, k_block, v_block in _blocks(window, sink_k.shape[2], q, k, v):
@@ -191,7 +193,8 @@ def mix_near_far(
     """(1 - r) near + r far, with the far share r of the module `reference`. Stable at any logit scale: the share is
     a sigmoid of a difference of logarithms, and a far mass of zero (log n = -inf) is a share of zero.
 
-    near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,), (B, H, T) or None for zeros.
+    near, far: (B, H, T, V); lse, log_mass: (B, H, T); mix_logit: (H,), (B, H, T) or None for zeros. lse is log Z_near,
+    under "peak" less the largest near logit.
     """
     share = far_log_odds(lse, log_mass, mix_logit, mix).sigmoid()
     return torch.lerp(near, far, share[..., None])
@@ -203,18 +206,21 @@ def far_log_odds(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: s
     if mix_logit is None:
         mix_logit = lse.new_zeros(1)
     logit = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).to(lse.dtype)
-    if mix == "normalizer":
+    if mix != "gate":
         return logit + log_mass - lse
     return torch.where(log_mass > -torch.inf, logit, -torch.inf)
 
 
-def softmax_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_lse(logits: Tensor, from_peak: bool = False) -> tuple[Tensor, Tensor]:
     """softmax of the last dimension, and log Z = log sum exp of it: (..., n) -> (..., n), (...).
 
     The largest weight of a row is 1 / sum exp(logits - m), with m its largest logit: log Z = m - log of that weight.
     Weights recovered as exp(logits - log Z) would not do: at logits of 1e4 the rounding of log Z in float32 is an
-    error of 5e-4 in every one.
+    error of 5e-4 in every one. from_peak: log Z - m instead of log Z.
     """
+    if from_peak:
+        weights = logits.softmax(-1)
+        return weights, -weights.amax(-1).log()
     return _SoftmaxLse.apply(logits)
 
 
@@ -253,17 +259,23 @@ class _Near:
     """The near term of one block after another. `start` as in `near_chunked`."""
 
     def __init__(
-        self, sink_k: Tensor, sink_v: Tensor, window: int, scale: float | None, start: int | Tensor = 0
+        self,
+        sink_k: Tensor,
+        sink_v: Tensor,
+        window: int,
+        scale: float | None,
+        start: int | Tensor = 0,
+        from_peak: bool = False,
     ) -> None:
         self.sink_k, self.sink_v = sink_k, sink_v
-        self.window, self.scale, self.start = window, scale, start
+        self.window, self.scale, self.start, self.from_peak = window, scale, start, from_peak
         self.settled: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """The block of N chunks whose first is chunk `first` of those after `start`.
 
         q: (B, H, N W, D); k, v: (B, K, (N + 1) W, .), from the chunk before on, which is not read where first = 0.
-        Returns o_near (B, K, N, G W, V) and log Z_near (B, K, N, G W).
+        Returns o_near (B, K, N, G W, V) and log Z_near (B, K, N, G W), from the peak if so made.
         """
         dtype, window = accumulation_dtype(q), self.window
         chunks = q.shape[2] // window
@@ -283,7 +295,7 @@ class _Near:
         logits = queries @ keys.transpose(-1, -2)  # (B, K, N, G W, L)
         # Adding -inf takes a fraction of the time of masked_fill_.
         _chunks(logits, window, 3).add_(self._mask(first, chunks, logits))
-        weights, lse = softmax_lse(logits)
+        weights, lse = softmax_lse(logits, self.from_peak)
         return weights @ values, lse
 
     def _mask(self, first: int, chunks: int, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backends import choose_backend, log_once
 from .checks import check_inputs
 from .chunked import mix_near_far, near_far_rows, pad_to_chunks, softmax_lse
-from .mixers import Hedgehog, Mixer, State, accumulation_dtype, full_precision, state_obstacle
+from .mixers import Hedgehog, Mixer, Recurrent, State, accumulation_dtype, full_precision, near_part, state_obstacle
 from .pack import pack_rows, unpack_rows
 
 __all__ = ["Memory", "near_far_step"]
@@ -63,6 +63,8 @@ class Memory:
         bfloat16 is for short contexts: with W = 64 it is as exact as the outputs' rounding to 4k tokens, off by 4 %
         at 16k and by half at 64k, where the sums have stopped growing.
         """
+
+        k = near_part(mixer, k)
 
         def zeros(x: Tensor, tokens: int) -> Tensor:
             return x.new_zeros(x.shape[0], x.shape[1], tokens, x.shape[3])
@@ -114,11 +116,16 @@ def near_far_step(
     not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
     `triton_decode` where its kernels run.
     """
+    if isinstance(mixer, Recurrent):
+        from .recurrent import recurrent_step
+
+        near: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+        return recurrent_step(q, k, v, memory, mixer, mix_logit, **near, mask=mask, backend=backend)
     if not _fits(memory, q, k, v, mixer, window, sinks):
         check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend, function="near_far_step")
         _complain(memory)
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer, mix))
     with full_precision(q):
         if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
             if chosen == "triton" and _steps_in_triton(mixer):
@@ -304,7 +311,7 @@ def _one_token(
         sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
         far = chunk >= 2
     logits = torch.cat([sink_logits, near_logits], dim=-1)
-    weights, lse = softmax_lse(logits)
+    weights, lse = softmax_lse(logits, mix == "peak")
     sink_count = sink_logits.shape[-1]
     out = weights[..., sink_count:] @ near_v.to(dtype)
     if sink_count:

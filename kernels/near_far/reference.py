@@ -7,20 +7,25 @@ For a query at position t of its row, in chunk c = t // W, the keys at positions
     o_near = sum_near e_i v_i / Z_near          Z_near = sum_near e_i
     o_far  = sum_far f_i v_i / n                n = sum_far f_i
     r = sigmoid(mix_logit + log n - log Z_near)     (mix "normalizer")
+    r = sigmoid(mix_logit + log n - log Z_near + max_near scale q.k_i)              (mix "peak")
     r = sigmoid(mix_logit), 0 where n = 0           (mix "gate")
     o = (1 - r) o_near + r o_far
 
 With mix "normalizer" that is one softmax denominator: o = (sum_near e v + exp(mix_logit) sum_far f v) /
-(Z_near + exp(mix_logit) n). Positions count a row's real tokens, so padding is in no set.
+(Z_near + exp(mix_logit) n). Under "peak" near weights count from the largest, exp(scale q.k_i - max), so the far mass
+is compared with a number between 1 and that of the near keys, whatever the size of the logits. Positions count a row's
+real tokens, so padding is in no set. For mixers that keep every token in their state see `mixers.recurrent`.
 
 Source: linear attention, Katharopoulos et al. 2020 (arXiv 2006.16236); shared denominator of window and linear
-attention, LoLCATs (arXiv 2410.10254), equation 6; sinks, StreamingLLM (arXiv 2309.17453).
+attention, and "peak", LoLCATs (arXiv 2410.10254), equation 6; sinks, StreamingLLM (arXiv 2309.17453).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .mixers import Mixer, accumulation_dtype
+from .mixers import Mixer, Recurrent, accumulation_dtype
 
 __all__ = ["near_far_reference"]
 
@@ -39,6 +44,11 @@ def near_far_reference(
     mask: Tensor | None = None,
 ) -> Tensor:
     """The formula above. Arguments, shapes and result as in `near_far_attention`; time and memory O(T^2)."""
+    if isinstance(mixer, Recurrent):
+        from .recurrent import recurrent_attention
+
+        own: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale, "mask": mask}
+        return recurrent_attention(q, k, v, mixer, mix_logit, **own, cu_seqlens=None, backend="reference")
     dtype = accumulation_dtype(q)
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -70,8 +80,10 @@ def near_far_reference(
         share = torch.zeros_like(mass)
         if mix_logit is not None:
             share = share + (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).to(dtype)[..., None]
-        if mix == "normalizer":
+        if mix != "gate":
             share = share + safe.log() - logits.logsumexp(-1, keepdim=True)
+        if mix == "peak":
+            share = share + logits.amax(-1, keepdim=True)
         share = torch.where(some, share.sigmoid(), 0.0)
         out = out + share * (weights @ values / safe - out)
     return (out * real[:, None, :, None]).to(q.dtype)

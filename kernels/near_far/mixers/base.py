@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mixer", "State", "accumulation_dtype", "full_precision", "state_obstacle"]
+__all__ = ["Mixer", "State", "accumulation_dtype", "full_precision", "near_part", "state_obstacle"]
 
 
 class State(NamedTuple):
@@ -34,6 +34,9 @@ class Mixer(nn.Module):
     """
 
     num_features: int
+    # False: features are of q and k before the rotary embedding. The tensors then have 2 D channels, with those after
+    # it first, which the near side reads; see `near_part`.
+    rotary = True
 
     def reset_parameters(self) -> None:
         """Set the untrained start."""
@@ -88,12 +91,20 @@ class Mixer(nn.Module):
         return (phi_q @ state.s) / safe[..., None], log_mass
 
 
-def state_obstacle(mixer: Mixer | None) -> str | None:
-    """Why kernels that know only sums of phi_k v^T cannot keep this mixer's state, in words; None if they can."""
+def state_obstacle(mixer: Mixer | None, mix: str = "normalizer") -> str | None:
+    """Why kernels that know only sums of phi_k v^T cannot keep this mixer's state, or mix it in so, in words; None if
+    they can."""
     if mixer is None:
         return None
+    if mix == "peak":
+        return 'they do not know mix "peak"'
     own = [name for name in ("update", "scan", "read") if getattr(type(mixer), name) is not getattr(Mixer, name)]
     return f"{type(mixer).__name__} has its own {' and '.join(own)}" if own else None
+
+
+def near_part(mixer: Mixer | None, x: Tensor) -> Tensor:
+    """Of q or k as a mixer takes them, the channels that logits are made of; a view."""
+    return x if mixer is None or mixer.rotary else x[..., : x.shape[-1] // 2]
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:

@@ -20,15 +20,18 @@ class Hedgehog(Mixer):
 
     query_weight: (H, D, feature_dim), key_weight: (K, D, feature_dim); F = 2 * feature_dim.
 
-    At the start W is the identity times START, for queries and keys alike; where feature_dim > D, random rotations of
+    At the start W is the identity times `scale`, for queries and keys alike; where feature_dim > D, random rotations of
     it follow (columns that repeat would get the same gradients and stay the same). On unscaled q and k, whose norms
     are 8 to 19 in trained models, the features are nearly one-hot; scaled by D^(-1/4), the share of the softmax scale
-    that belongs to each of q and k, they are nearly uniform. In between they learn fastest.
+    that belongs to each of q and k, they are nearly uniform. In between, at START, they learn fastest.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, feature_dim: int | None = None):
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, feature_dim: int | None = None, scale: float | None = None
+    ):
         super().__init__()
         feature_dim = feature_dim or head_dim
+        self.scale = START if scale is None else scale
         self.num_features = 2 * feature_dim
         self.query_weight = nn.Parameter(torch.empty(heads, head_dim, feature_dim, dtype=torch.float32))
         self.key_weight = nn.Parameter(torch.empty(kv_heads, head_dim, feature_dim, dtype=torch.float32))
@@ -39,7 +42,7 @@ class Hedgehog(Mixer):
         """Back to the scaled identity and its rotations."""
         for weight in (self.query_weight, self.key_weight):
             if not weight.is_meta:
-                weight.copy_(START * _rotations(*weight.shape[1:]))
+                weight.copy_(self.scale * _rotations(*weight.shape[1:]))
 
     def obstacle(self, heads: int, kv_heads: int, head_dim: int) -> str | None:
         """The weights are of one shape of attention."""
