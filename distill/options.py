@@ -126,6 +126,7 @@ class TransferOptions(Record):
         objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
             `"weights"`: KL of the teacher's attention weights from the student's. `"hidden"`: error of what the layer
             adds to the hidden states, after its output projection.
+        calibrate: whether the mixes are first set in closed form from one batch; without, they start as converted.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
@@ -135,6 +136,7 @@ class TransferOptions(Record):
 
     budget: Budget = field(metadata=_BUDGET_HINT)
     objective: Literal["decomposed", "output", "weights", "hidden"] = "decomposed"
+    calibrate: bool = True
     local_steps: int = option(1, least=1)
     lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)
@@ -149,7 +151,7 @@ class DistillOptions(Record):
     Attributes:
         budget: when the stage ends.
         lr: peak learning rate of Adam, for LoRA or the chosen parameters.
-        mixer_lr: the same for mixers and mixes, which take larger steps.
+        mixer_lr: the same for mixers and mixes, which take larger steps; 0 leaves them as they are.
         warmup: share of the budget over which the learning rate rises.
         kl_weight: weight of KL(teacher || student).
         ce_weight: weight of the cross-entropy on the text itself.
@@ -168,7 +170,7 @@ class DistillOptions(Record):
 
     budget: Budget = field(metadata=_BUDGET_HINT)
     lr: float = option(2e-4, above=0)
-    mixer_lr: float = option(5e-3, above=0)
+    mixer_lr: float = option(5e-3, least=0)
     warmup: float = option(0.05, least=0, below=1)
     kl_weight: float = option(1.0, least=0)
     ce_weight: float = option(0.0, least=0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize.attention import Observation
+from linearize.config import TAUGHT_MIXERS
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.loop import Outcome, StepLosses, make_optimizer, train
@@ -43,9 +44,12 @@ def run_transfer(
     switch_of(base)  # an error of its own where nothing is converted
     layers = converted_layers(base)
     parameters = added_parameters(base)
-    if not parameters:
-        raise LinearizeError("transfer: mixer 'none' has no state to train; convert with mixer 'hedgehog', or skip it")
     config = next(iter(layers.values())).linearize_config
+    if config.mixer not in TAUGHT_MIXERS:
+        raise LinearizeError(
+            f"transfer: mixer {config.mixer!r} has no far side of its own to teach; convert with mixer 'hedgehog', or "
+            "skip it"
+        )
     needed = first_far_query(config)
     if stream.seq_len <= needed:
         raise LinearizeError(
@@ -68,9 +72,10 @@ def run_transfer(
         optimizer.step()
         optimizer.zero_grad()
 
-    position = stream.state_dict()
-    calibrate(base, {key: x.to(device) for key, x in next(stream).items()})
-    stream.load_state_dict(position)
+    if options.calibrate:
+        position = stream.state_dict()
+        calibrate(base, {key: x.to(device) for key, x in next(stream).items()})
+        stream.load_state_dict(position)
     outcome = train(
         "transfer",
         lambda batch, backward: transfer_step(base, batch, options.objective, backward, update, options.local_steps),
@@ -129,10 +134,12 @@ def calibrate(model: Any, batch: Batch) -> None:
     """
 
     def set_mix(seen: Observation) -> None:
-        weight, bias = calibrated_mix(seen)
         mix = seen.layer.mix
-        assert mix is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
-        mix.weight.data.copy_(weight)
+        if mix is None:  # a fixed one
+            return
+        weight, bias = calibrated_mix(seen)
+        if mix.weight is not None and weight is not None:
+            mix.weight.data.copy_(weight)
         mix.bias.data.copy_(bias)
 
     observe(model, batch, set_mix)

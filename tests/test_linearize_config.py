@@ -47,7 +47,7 @@ def test_kept_layers():
         ({"mixer": "rwkv"}, "mixer: 'rwkv' is unknown; known: none, hedgehog, gla"),
         (
             {"mixer": "gla"},
-            "mix: 'normalizer' weighs the far side by its mass, and mixer 'gla' has none; use mix 'gate'",
+            "mix: 'normalizer' weighs the far side by its mass, and mixer 'gla' has none",
         ),
         ({"mixer": "gla", "mix": "gate", "feature_dim": 8}, "feature_dim: 8 is for a learned feature map, and mixer"),
         (

@@ -39,8 +39,8 @@ class Gla(Recurrent):
         if head_dim == 2 * self.num_features:
             return None
         return (
-            f"takes q and k of size {2 * self.num_features}, {self.num_features} after the rotary embedding and as many "
-            f"before it, not {head_dim}; concatenate them, or make one with Gla({heads}, {kv_heads}, {head_dim // 2})"
+            f"takes q and k of size {2 * self.num_features}, {self.num_features} channels after the rotary embedding "
+            f"and as many before it, not {head_dim}; concatenate the two, or make one for size {head_dim // 2}"
         )
 
     def query_features(self, q: Tensor) -> Tensor:
