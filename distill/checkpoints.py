@@ -7,6 +7,9 @@ FOLDER/step-00000120/
 
 A checkpoint is written under another name and renamed when it is on disk, so a folder that is called `step-...` is
 complete. The one before it is removed only after that.
+
+Every process of a training holds all trained parameters and all of Adam's state, so process 0 alone writes them, and a
+checkpoint does not depend on the number of processes. What is sharded is frozen and in no checkpoint.
 """
 
 import json
@@ -21,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from linearize.distill.disk import writing
 from linearize.errors import LinearizeError
 
 __all__ = ["latest", "restore", "write"]
@@ -35,26 +39,37 @@ def write(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> None:
-    """Save a checkpoint and remove the older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Save a checkpoint and remove the older ones.
+
+    Raises:
+        LinearizeError: the disk does not take it; what was there before is untouched.
+    """
+    weights, moments = (
+        {name: p.detach().contiguous() for name, p in parameters.items()},
+        _moments(parameters, optimizer),
+    )
+    text = json.dumps(state)
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, partial / "weights.safetensors")
-    save_file(_moments(parameters, optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for file in partial.iterdir():
-        _to_disk(file)
-    _to_disk(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _to_disk(folder)
-    for other in folder.iterdir():
-        if other != final:
-            shutil.rmtree(other)
+    size = sum(x.nbytes for x in (*weights.values(), *moments.values())) + len(text)
+    with writing(final, size, partial):
+        folder.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        save_file(weights, partial / "weights.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(text, encoding="utf-8")
+        for file in partial.iterdir():
+            _to_disk(file)
+        _to_disk(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _to_disk(folder)
+        for other in folder.iterdir():
+            if other != final:
+                shutil.rmtree(other)
 
 
 def latest(folder: Path) -> Path | None:

@@ -1,23 +1,30 @@
 """The training loop: budgets, schedule, log, checkpoints, and going on after a kill."""
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from linearize import LinearizeError
-from linearize.convert import added_parameters
-from linearize.distill import checkpoints
+from linearize.convert import added_parameters, converted_layers
+from linearize.distill import checkpoints, loop, tracking
+from linearize.distill.adam import make_optimizer
 from linearize.distill.end_to_end import CONTROL, run_distill
 from linearize.distill.loop import FINAL_LR, Outcome, learning_rate, progress_of, train
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
+from linearize.distill.tracking import tracked
 from linearize.distill.transfer import run_transfer
 from tests.tiny_models import make_student
 from tests.tiny_training import (
@@ -45,7 +52,7 @@ class Toy:
         self.weight, self.bias = nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), nn.Parameter(torch.tensor(0.5))
         self.rows = TokenRows(2, LENGTH) if rows is None else rows
         self.steps = 0
-        self.gradients = []
+        self.gradients, self.norms = [], []
 
     @property
     def parameters(self):
@@ -57,6 +64,7 @@ class Toy:
         loss = (self.weight + self.bias - wanted).square().mean()
         backward(loss)
         self.gradients.append(self.weight.grad.clone())
+        self.norms.append(torch.cat([self.weight.grad, self.bias.grad[None]]).norm())
         return {"loss": loss.detach(), "layer.4": 2 * loss.detach(), "layer.7": torch.zeros(())}
 
     def train(self, folder, settings, **more):
@@ -162,7 +170,13 @@ class TestLog:
         lines = log_lines(tmp_path / "new" / "folder")
         assert [line["step"] for line in lines] == steps
         for line in lines:
-            assert set(line) == {"stage", "step", "tokens", "loss", "lr", "tokens_per_s", "losses_per_layer"}
+            assert list(line) == [
+                *("stage", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s"),
+                *("peak_memory_bytes", "losses_per_layer"),
+            ]
+            assert line["grad_norm"] == pytest.approx(float(toy.norms[line["step"] - 1]), rel=1e-5)
+            assert 2**20 < line["peak_memory_bytes"] < 2**40
+            assert 0 <= line["seconds"] <= outcome.seconds + 1e-3
             assert line["stage"] == "toy"
             assert line["tokens"] == 32 * line["step"]
             assert line["tokens_per_s"] > 0
@@ -250,8 +264,292 @@ class TestOptimizer:
 
         with pytest.raises(LinearizeError) as error:
             Broken().train(tmp_path, options(steps=9, checkpoint_minutes=1e-9))
-        assert str(error.value) == ("toy: the loss is nan at step 4; lower lr (0.1), or set dtype to float32")
+        assert str(error.value) == (
+            f"toy: the loss is nan at step 4; the last good checkpoint, {tmp_path}/checkpoints/toy/step-00000003, is "
+            "kept; lower lr (0.1) and run it again, or set dtype to float32"
+        )
         assert checkpoints.latest(tmp_path / "checkpoints/toy").name == "step-00000003"
+
+
+class TestNotFinite:
+    """What is no number is named, and the last good checkpoint stays."""
+
+    def test_layers_by_their_losses(self, tmp_path):
+        class Broken(Toy):
+            def step(self, batch, backward):
+                losses = super().step(batch, backward)
+                bad = torch.tensor(math.inf) if self.steps == 2 else losses["layer.7"]
+                return losses | {"layer.7": bad, "loss": losses["loss"] + bad}
+
+        with pytest.raises(LinearizeError) as error:
+            Broken().train(tmp_path, options(steps=9))
+        assert str(error.value) == (
+            "toy: the loss is inf, not finite is the loss of layer 7 at step 2; there is no checkpoint yet; lower lr "
+            "(0.1) and run it again, or set dtype to float32"
+        )
+
+    @pytest.mark.parametrize("what", ["gradient", "parameter"])
+    def test_gradients_and_parameters_by_name(self, what, tmp_path):
+        """A gradient that is no number is found before it reaches a parameter, though the loss is finite."""
+
+        class Broken(Toy):
+            def step(self, batch, backward):
+                losses = super().step(batch, backward)
+                if self.steps == 3:
+                    with torch.no_grad():
+                        (self.bias.grad if what == "gradient" else self.weight[1]).fill_(math.nan)
+                        if what == "parameter":
+                            self.bias.grad.fill_(math.inf)
+                return losses
+
+        broken = Broken()
+        with pytest.raises(LinearizeError) as error:
+            broken.train(tmp_path, options(steps=9, checkpoint_minutes=1e-9))
+        named = {"gradient": "the gradient of bias", "parameter": "the parameter weight, not finite is the gradient of"}
+        assert str(error.value).startswith(f"toy: not finite is {named[what]}")
+        assert "checkpoints/toy/step-00000002, is kept" in str(error.value)
+        assert Toy().train(tmp_path, options(steps=3)).steps == 3  # and goes on from there
+
+    def test_a_student_whose_weights_overflow(self, tmp_path):
+        """The names are the model's own."""
+        student = make_student("llama", "normalizer")
+        layers = converted_layers(student)
+        layers[1].mixer.requires_grad_(False)
+        next(layers[1].mixer.parameters()).fill_(math.nan)
+        with pytest.raises(LinearizeError) as error:
+            run_transfer(student, TokenRows(1, 32), options(steps=2), tmp_path)
+        assert "not finite is the loss of layer 1, not finite is the parameter model.layers.1." in str(error.value)
+
+    def test_a_loss_that_diverges(self, tmp_path):
+        class Diverging(Toy):
+            def step(self, batch, backward):
+                super().step(batch, lambda loss: backward(0 * loss))
+                grown = 1.0 if self.steps <= 20 else 5.0
+                return {"loss": torch.tensor(grown), "layer.4": torch.tensor(1.0), "layer.7": torch.tensor(grown)}
+
+        with pytest.raises(LinearizeError) as error:
+            Diverging().train(tmp_path, options(steps=200, checkpoint_minutes=1e-9))
+        text = str(error.value)
+        # The smoothed loss passes 4 times its best 14 steps after the jump, and has to stay there for 50.
+        assert text.startswith("toy: the loss diverges, above all in layer 7: it was 1 and is 4.99")
+        assert f"since {loop.PATIENCE} steps at step 83; the last good checkpoint, {tmp_path}/checkpoints" in text
+        assert checkpoints.latest(tmp_path / "checkpoints/toy").name == "step-00000033"
+
+    @pytest.mark.parametrize("grown", [3.9, 1e-3])
+    def test_a_loss_that_is_only_uneven(self, grown, tmp_path):
+        """Less than 4 times the best, or small beside the first: 1e-3 after 1e-5."""
+
+        class Uneven(Toy):
+            def step(self, batch, backward):
+                super().step(batch, lambda loss: backward(0 * loss))
+                return {"loss": torch.tensor(1.0 if self.steps == 1 else grown if self.steps > 20 else grown / 3.9)}
+
+        assert Uneven().train(tmp_path, options(steps=120)).steps == 120
+
+
+class TestMasters:
+    """Parameters in half precision learn in float32."""
+
+    @staticmethod
+    def train(dtype, folder, steps=40, stop=None, accumulation=1):
+        weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+
+        def step(batch, backward):
+            loss = weight.float().sum()  # the gradient is 1 for good: Adam moves by the learning rate each step
+            backward(loss)
+            return {"loss": loss.detach()}
+
+        settings = options(steps=steps, lr=1e-3, warmup=0.0, checkpoint_minutes=1e-9)
+        train("toy", step, {"weight": weight}, TokenRows(1, 4), settings, folder, accumulation=accumulation)
+        return weight
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_updates_below_the_resolution_add_up(self, dtype, tmp_path):
+        """bfloat16 numbers near 1 are 1/256 and more apart; each update is at most 1/1000."""
+        exact, half = self.train(torch.float32, tmp_path / "a"), self.train(dtype, tmp_path / "b")
+        assert half.dtype == dtype
+        assert torch.equal(half, exact.to(dtype))
+        assert (half[0] - 1).abs() > 0.01
+        # The negative control: Adam on the parameter itself stays where it is.
+        alone = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
+        adam = torch.optim.AdamW([alone], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+        for _ in range(40):
+            alone.grad = torch.ones_like(alone)
+            adam.step()
+        assert alone.item() == 1.0
+
+    def test_checkpoints_keep_the_masters(self, tmp_path):
+        whole = self.train(torch.bfloat16, tmp_path / "a", 9)
+        settings = options(steps=9, lr=1e-3, warmup=0.0, checkpoint_minutes=1e-9)
+        weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+        steps = 0
+
+        def step(batch, backward):
+            nonlocal steps
+            steps += 1
+            if steps == 5:
+                raise KeyboardInterrupt
+            backward(weight.float().sum())
+            return {"loss": weight.detach().float().sum()}
+
+        with pytest.raises(KeyboardInterrupt):
+            train("toy", step, {"weight": weight}, TokenRows(1, 4), settings, tmp_path / "b")
+        saved = [load_file(checkpoints.latest(tmp_path / x / "checkpoints/toy") / "weights.safetensors") for x in "ab"]
+        assert [x["weight"].dtype for x in saved] == [torch.float32] * 2
+        again = self.train(torch.bfloat16, tmp_path / "b", 9)
+        assert torch.equal(again, whole)
+        after = load_file(checkpoints.latest(tmp_path / "b/checkpoints/toy") / "weights.safetensors")
+        assert torch.equal(after["weight"], saved[0]["weight"])
+
+    def test_gradients_of_a_step_add_up_in_float32(self, tmp_path):
+        weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        optimizer = make_optimizer({"weight": weight})
+        for scale in (1.0, 1e-3, 1e-3, 1e-3):
+            (weight.float() * scale).sum().backward()
+        assert weight.grad is None
+        rounded = torch.tensor(1e-3).bfloat16().float()
+        assert torch.equal(optimizer.trained["weight"].grad, 1 + rounded + rounded + rounded.reshape(1))
+        optimizer.close()
+        weight.float().sum().backward()
+        assert weight.grad is not None
+
+
+class Full:
+    """A disk that is full from the n-th file on, as safetensors and Python tell it."""
+
+    def __init__(self, monkeypatch, file):
+        self.file = file
+        save, write, open_file = checkpoints.save_file, Path.write_text, Path.open
+
+        def save_file(tensors, path):
+            if path.name == file:
+                path.write_bytes(b"half")
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            save(tensors, path)
+
+        def write_text(path, text, **named):
+            if path.name == file:
+                write(path, text[: len(text) // 2], **named)
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, text, **named)
+
+        def opened(path, mode="r", **named):
+            handle = open_file(path, mode, **named)
+            if path.name == file and "a" in mode:
+                inner = handle.write
+
+                def half(text):
+                    inner(text[:9])
+                    handle.flush()
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+                handle.write = half
+            return handle
+
+        monkeypatch.setattr(checkpoints, "save_file", save_file)
+        monkeypatch.setattr(Path, "write_text", write_text)
+        monkeypatch.setattr(Path, "open", opened)
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "train.jsonl"])
+    def test_nothing_is_lost(self, file, tmp_path, monkeypatch):
+        settings = options(steps=6, checkpoint_minutes=1e-9, log_every=1)
+        whole = Toy()
+        whole.train(tmp_path / "whole", settings)
+        folder = tmp_path / "cut"
+        Toy().train(folder, options(steps=2, log_every=1, warmup=0.0))
+        shutil.rmtree(folder)
+
+        class Stopped(Toy):
+            def step(self, batch, backward):
+                if self.steps == 3:
+                    Full(monkeypatch, file)
+                return super().step(batch, backward)
+
+        with pytest.raises(LinearizeError) as error:
+            Stopped().train(folder, settings)
+        monkeypatch.undo()
+        text = str(error.value)
+        place = "train.jsonl" if file == "train.jsonl" else "checkpoints/toy/step-00000004"
+        assert text.startswith(f"{folder / place}: cannot be written (")
+        assert "No space left on device" in text
+        assert re.search(r"it needs [\d.]+ \w+ and that disk has [\d.]+ \wiB free; make room, then the same", text)
+        assert [path.name for path in (folder / "checkpoints/toy").iterdir()] == ["step-00000003"]
+        assert [line["step"] for line in log_lines(folder)] == ([1, 2, 3] if file == "train.jsonl" else [1, 2, 3, 4])
+        # After room was made it goes on as if nothing had been.
+        toy = Toy()
+        toy.train(folder, settings)
+        assert (toy.steps, same(toy.values(), whole.values())) == (3, True)
+        assert [line["step"] for line in log_lines(folder)] == [1, 2, 3, 4, 5, 6]
+
+    def test_while_the_log_is_cleaned(self, tmp_path, monkeypatch):
+        Toy().train(tmp_path, options(steps=2, log_every=1))
+        before = (tmp_path / "train.jsonl").read_text()
+        Full(monkeypatch, "train.jsonl.partial")
+        with pytest.raises(LinearizeError, match=r"train.jsonl: cannot be written \(No space left on device\)"):
+            Toy().train(tmp_path, options(steps=3))
+        monkeypatch.undo()
+        assert (tmp_path / "train.jsonl").read_text() == before
+        assert not (tmp_path / "train.jsonl.partial").exists()
+
+
+class Noted(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "noted"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.lines, self.ended = {}, [], False
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.ended = True
+
+
+class TestTrackers:
+    def test_of_ones_own(self, tmp_path):
+        noted = Noted()
+        with tracked([noted], tmp_path, {"a": {"b": 1, "c": [None, "x"]}}):
+            Toy().train(tmp_path, options(steps=3, log_every=2))
+            toy = Toy()
+            train("next", toy.step, toy.parameters, toy.rows, options(steps=1), tmp_path)
+            assert not noted.ended
+        Toy().train(tmp_path / "other", options(steps=1))  # is over: nothing is told any more
+        assert noted.ended
+        assert noted.config == {"a.b": 1, "a.c[0]": "None", "a.c[1]": "x"}
+        assert [step for step, _ in noted.lines] == [1, 2, 3, 4]
+        lines = log_lines(tmp_path)
+        for (_, values), line in zip(noted.lines, lines):
+            stage = line["stage"]
+            layers = {f"{stage}/layer.{index}": x for index, x in line["losses_per_layer"].items()}
+            told = {f"{stage}/{key}": x for key, x in line.items() if key not in ("stage", "step", "losses_per_layer")}
+            assert values == told | layers
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "wandbb",
+                "track: 'wandbb' is unknown; choose from aim, clearml, comet_ml, dvclive, mlflow, swanlab, tens",
+            ),
+            ("tensorboard", "track: the package for 'tensorboard' is not installed; install it with pip"),
+        ],
+    )
+    def test_that_are_not_there(self, name, message, tmp_path, monkeypatch):
+        monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+        with pytest.raises(LinearizeError) as error, tracked([name], tmp_path / "new", {}):
+            pass
+        assert str(error.value).startswith(message)
+        assert not (tmp_path / "new").exists()
 
 
 class TestAccumulation:
@@ -359,7 +657,7 @@ class TestCheckpoints:
             def counted(*args, **kwargs):
                 calls.append(function)
                 if len(calls) == call:
-                    raise InterruptedError
+                    raise KeyboardInterrupt
                 return function(*args, **kwargs)
 
             return counted
@@ -371,7 +669,7 @@ class TestCheckpoints:
             (shutil, "rmtree"),
         ):
             monkeypatch.setattr(place, name, stop_at(getattr(place, name)))
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             checkpoints.write(tmp_path, 2, parameters, optimizer, {"step": 2})
         monkeypatch.undo()
         newest = checkpoints.latest(tmp_path)
@@ -608,5 +906,5 @@ class TestKill:
 
 
 def test_outcome_is_what_a_checkpoint_holds():
-    assert vars(Outcome()).keys() == {"steps", "tokens", "seconds", "first", "last"}
+    assert vars(Outcome()).keys() == {"steps", "tokens", "seconds", "first", "last", "best", "above"}
     assert Outcome(**json.loads(json.dumps(vars(Outcome(steps=3, first={"loss": 0.1}))))).first == {"loss": 0.1}
