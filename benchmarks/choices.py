@@ -1,77 +1,26 @@
-"""Multiple choice by log-likelihood: which continuation of a query does the model find most likely?
+"""Questions scored by log-likelihood; `linearize.benchmarks.items` has their three kinds.
 
-Items are lines of JSON, `{"query": str, "choices": [str, ...], "gold": int}`. Raw accuracy takes the choice with the
-highest summed log-likelihood; normalised accuracy divides it by the choice's length in UTF-8 bytes first, so that
-short choices have no advantage (bytes, not tokens, so that tokenizers stay comparable).
+Raw accuracy takes the choice with the highest summed log-likelihood; normalised accuracy divides it by the choice's
+length in UTF-8 bytes first, so that short choices have no advantage (bytes, not tokens, so that tokenizers stay
+comparable). Where the contexts are the choice, the same continuation is scored after each. A last word counts where
+greedy decoding writes exactly its tokens.
 """
 
-import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.benchmarks.inference import device_of, inference
-from linearize.benchmarks.perplexity import LOGITS_AT_ONCE, token_nll
+from linearize.benchmarks.inference import TOKENS_AT_ONCE, device_of, hidden_states, inference, output_head
+from linearize.benchmarks.items import AnyItem, Contexts, Item
 from linearize.benchmarks.resampling import interval, mean_interval
 from linearize.errors import LinearizeError
 
-__all__ = ["Item", "encode_choices", "load_items", "multiple_choice", "summarise_choices"]
+__all__ = ["encode_choices", "multiple_choice", "retention", "score_items", "summarise_choices", "summarise_words"]
 
-
-@dataclass(frozen=True)
-class Item:
-    """One question: the text before, the continuations, and the index of the right one."""
-
-    query: str
-    choices: tuple[str, ...]
-    gold: int
-
-
-def load_items(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Item]:
-    """Read items from a jsonl file; with `limit`, a random sample of that size (files are often sorted).
-
-    Raises:
-        LinearizeError: no such file, or a line that is not an item; names the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LinearizeError(f"choices: {str(path)!r} is not a file; name a jsonl file of query, choices and gold")
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            items.append(_parse(line, f"{path}:{number}"))
-    if not items:
-        raise LinearizeError(f"choices: {str(path)!r} holds no items; each line is an object of query, choices, gold")
-    if limit is None or limit >= len(items):
-        return items
-    kept = random.Random(seed).sample(range(len(items)), limit)
-    return [items[index] for index in sorted(kept)]
-
-
-def _parse(line: str, where: str) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LinearizeError(f"{where}: not JSON ({error}); each line is an object of query, choices, gold") from error
-    keys = {"query", "choices", "gold"}
-    if not isinstance(record, dict) or not keys <= record.keys():
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise LinearizeError(f"{where}: has {found}, needs the keys query, choices and gold")
-    query, choices, gold = record["query"], record["choices"], record["gold"]
-    if not isinstance(query, str):
-        raise LinearizeError(f"{where}: query is {query!r}, expected a text")
-    if not (isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)):
-        raise LinearizeError(
-            f"{where}: choices is {choices!r}, expected a list of two or more texts that are not empty"
-        )
-    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise LinearizeError(f"{where}: gold is {gold!r}, expected the index of a choice, 0 to {len(choices) - 1}")
-    return Item(query, tuple(choices), gold)
+# Scored positions whose logits are made at once: 512 x 49k entries are 100 MB in float32.
+SCORED_AT_ONCE = 512
 
 
 def delimiter(query: str) -> str:
@@ -101,31 +50,51 @@ def encode_choices(
     return alone[:shared], [ids[shared:] for ids in whole]
 
 
-def multiple_choice(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[list[float]]:
-    """Summed log-likelihood, nats, of every choice of every item; `summarise_choices` makes accuracies of it.
+def score_items(model: nn.Module, tokenizer: Any, items: Sequence[AnyItem]) -> list[list[tuple[float, bool]]]:
+    """For every item, for each of its choices: the summed log-likelihood (nats) of what is scored, and whether
+    greedy decoding would write exactly that. A last word is one choice.
 
-    Choices of all items are sorted by length and run in right-padded batches.
+    Sequences of all items are sorted by length and run in batches of `TOKENS_AT_ONCE` tokens, padded on the right:
+    nothing before the padding sees it, so no mask is needed. Logits are made of scored positions only.
     """
-    sequences: list[tuple[int, int, list[int], int]] = []  # item, choice, tokens, index of the first scored token
+    sequences = []  # item, choice, tokens, index of the first scored token
     for number, item in enumerate(items):
+        for choice, (prefix, ending) in enumerate(_encode(tokenizer, item)):
+            prefix = prefix or [_start_token(tokenizer)]
+            sequences.append((number, choice, prefix + ending, len(prefix)))
+    # Nothing reads the last token's output. The largest batch comes first: out of memory early.
+    sequences.sort(key=lambda sequence: len(sequence[2]), reverse=True)
+    scores: list[dict[int, tuple[float, bool]]] = [{} for _ in items]
+    with inference(model):
+        while sequences:
+            size = max(1, TOKENS_AT_ONCE // max(1, len(sequences[0][2]) - 1))
+            batch, sequences = sequences[:size], sequences[size:]
+            scored = _scored_tokens(model, [(tokens, first) for _, _, tokens, first in batch])
+            for (number, choice, _, _), (likelihood, greedy) in zip(batch, scored):
+                scores[number][choice] = (float(likelihood.double().sum()), bool(greedy.all()))
+    return [[found[choice] for choice in range(len(found))] for found in scores]
+
+
+def multiple_choice(model: nn.Module, tokenizer: Any, items: Sequence[Item | Contexts]) -> list[list[float]]:
+    """Summed log-likelihood, nats, of every choice of every item; `summarise_choices` makes accuracies of it."""
+    return [[likelihood for likelihood, _ in choices] for choices in score_items(model, tokenizer, items)]
+
+
+def _encode(tokenizer: Any, item: AnyItem) -> list[tuple[list[int], list[int]]]:
+    """For each choice the tokens before what is scored, and the scored ones."""
+    if isinstance(item, Item):
         joint = delimiter(item.query)
         # A choice's leading space belongs to its first token, so it goes with the choice.
         query, lead = item.query + joint.rstrip(), joint[len(joint.rstrip()) :]
         prefix, endings = encode_choices(tokenizer, query, [lead + choice for choice in item.choices])
-        if not prefix:
-            prefix = [_start_token(tokenizer)]
-        sequences += [(number, c, prefix + ending, len(prefix)) for c, ending in enumerate(endings)]
-    sequences.sort(key=lambda sequence: len(sequence[2]), reverse=True)  # the largest batch first: out of memory early
-    scores = [[0.0] * len(item.choices) for item in items]
-    vocabulary = cast(Any, model.config).get_text_config().vocab_size
-    with inference(model):
-        while sequences:
-            size = max(1, min(16, LOGITS_AT_ONCE // (len(sequences[0][2]) * vocabulary)))
-            batch, sequences = sequences[:size], sequences[size:]
-            nll = _padded_nll(model, [tokens for _, _, tokens, _ in batch])
-            for row, (number, choice, tokens, first) in zip(nll, batch):
-                scores[number][choice] = -float(row[first - 1 : len(tokens) - 1].double().sum())
-    return scores
+        return [(prefix, ending) for ending in endings]
+    contexts = item.contexts if isinstance(item, Contexts) else (item.context,)
+    pairs = []
+    for context in contexts:
+        text = item.continuation if not context or context[-1].isspace() else f" {item.continuation}"
+        prefix, (ending,) = encode_choices(tokenizer, context, [text])
+        pairs.append((prefix, ending))
+    return pairs
 
 
 def _start_token(tokenizer: Any) -> int:
@@ -136,66 +105,87 @@ def _start_token(tokenizer: Any) -> int:
     raise LinearizeError("choices: a query is empty and the tokenizer has no bos or eos token; give it a query")
 
 
-def _padded_nll(model: nn.Module, sequences: Sequence[list[int]]) -> Tensor:
-    """NLL of each token after the first, float32 (sequences, longest - 1) on the CPU; padding holds garbage."""
-    longest = max(map(len, sequences))
+def _scored_tokens(model: nn.Module, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[Tensor, Tensor]]:
+    """For each (tokens, index of the first scored one): log-likelihood, float32, and whether it is the likeliest, of
+    every scored token, on the CPU."""
+    longest = max(len(tokens) for tokens, _ in sequences) - 1
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(sequences):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    device = device_of(model)
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return token_nll(logits[:, :-1], ids[:, 1:].to(device)).cpu()
+    rows, columns, targets = [], [], []
+    for row, (tokens, first) in enumerate(sequences):
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        rows += [row] * (len(tokens) - first)
+        columns += range(first - 1, len(tokens) - 1)
+        targets += tokens[first:]
+    device, head = device_of(model), output_head(model)
+    hidden = hidden_states(model, ids.to(device))[rows, columns]
+    likelihood, greedy = [], []
+    for states, target in zip(hidden.split(SCORED_AT_ONCE), torch.tensor(targets, device=device).split(SCORED_AT_ONCE)):
+        logits = head(states).float()
+        likelihood.append(torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0].cpu())
+        greedy.append((logits.argmax(-1) == target).cpu())
+    lengths = [len(tokens) - first for tokens, first in sequences]
+    return list(zip(torch.cat(likelihood).split(lengths), torch.cat(greedy).split(lengths)))
 
 
 def summarise_choices(
-    scores: Mapping[str, list[list[float]]], items: Sequence[Item], baseline: str, seed: int = 0
+    scores: Mapping[str, list[list[float]]], items: Sequence[Item | Contexts], baseline: str, seed: int = 0
 ) -> dict[str, Any]:
-    """Accuracies, and what share of the baseline's accuracy each row keeps.
-
-    Retention is given raw, s / t, and corrected for chance, (s - r) / (t - r), where s is the row's accuracy, t the
-    baseline's and r the accuracy of guessing. Intervals resample items, the same ones for s and t. The corrected
-    value is None where t is not above r, its interval None where resampled t often are not: then these items cannot
-    tell how much was kept.
+    """Accuracies, and what share of the baseline's accuracy each row keeps; see `retention`.
 
     Args:
         scores: row name -> log-likelihoods, as `multiple_choice` returns them.
-        items: the items.
-        baseline: the row that retention refers to.
+        items: what was scored.
+        baseline: the row that retention compares with; it is among `scores`.
         seed: of the bootstrap over items.
 
     Returns:
-        The `"choices"` part of evaluate.json; see `linearize.benchmarks.evaluate`.
+        One task of evaluate.json; see `linearize.benchmarks.evaluate`.
     """
-    chance = torch.tensor([1 / len(item.choices) for item in items], dtype=torch.float64)
+    chance = torch.tensor([1 / _choices(item) for item in items], dtype=torch.float64)
+    right = {name: [_right(values, items, per_byte) for per_byte in (False, True)] for name, values in scores.items()}
     result: dict[str, Any] = {"n_items": len(items), "chance": float(chance.mean()), "rows": {}}
-    right = {name: (_right(values, items, False), _right(values, items, True)) for name, values in scores.items()}
     for name, kinds in right.items():
-        row: dict[str, Any] = {}
-        for kind, hits, reference in zip(("raw", "normalised"), kinds, right[baseline]):
-            row[kind] = {
-                "accuracy": float(hits.mean()),
-                "ci95": mean_interval(hits, seed),
-                "retention": _retention(hits, reference, torch.zeros_like(chance), seed),
-                "retention_over_chance": _retention(hits, reference, chance, seed),
-            }
-        result["rows"][name] = row
+        pairs = zip(("raw", "normalised"), kinds, right[baseline])
+        result["rows"][name] = {kind: _score(hits, reference, chance, seed) for kind, hits, reference in pairs}
     return result
 
 
-def _right(scores: list[list[float]], items: Sequence[Item], normalised: bool) -> Tensor:
-    """Float64 (items,): 1 where the likeliest choice is the right one. A score that is not finite is wrong."""
-    hits = []
-    for values, item in zip(scores, items):
-        lengths = [len(choice.encode()) if normalised else 1 for choice in item.choices]
-        likelihood = torch.tensor([v / n for v, n in zip(values, lengths)], dtype=torch.float64)
-        hits.append(float(bool(likelihood.isfinite().all()) and int(likelihood.argmax()) == item.gold))
-    return torch.tensor(hits, dtype=torch.float64)
+def summarise_words(scores: Mapping[str, list[tuple[float, bool]]], baseline: str, seed: int = 0) -> dict[str, Any]:
+    """The same for last words, which nobody guesses: chance is 0.
+
+    Args:
+        scores: row name -> for each item its word's log-likelihood, and whether greedy decoding writes it.
+        baseline: the row that retention compares with.
+        seed: of the bootstrap over items.
+    """
+    hits = {
+        name: torch.tensor([greedy and _finite(likelihood) for likelihood, greedy in values], dtype=torch.float64)
+        for name, values in scores.items()
+    }
+    chance = torch.zeros_like(hits[baseline])
+    rows: dict[str, Any] = {}
+    for name, values in scores.items():
+        likelihood = torch.tensor([value for value, _ in values], dtype=torch.float64)
+        finite = bool(likelihood.isfinite().all())
+        rows[name] = {
+            "raw": _score(hits[name], hits[baseline], chance, seed),
+            "log_likelihood": float(likelihood.mean()) if finite else None,
+            "log_likelihood_ci95": mean_interval(likelihood, seed) if finite else None,
+        }
+    return {"n_items": len(chance), "chance": 0.0, "rows": rows}
 
 
-def _retention(hits: Tensor, reference: Tensor, chance: Tensor, seed: int) -> dict[str, Any]:
-    """(s - r) / (t - r) with its interval."""
+def retention(hits: Tensor, reference: Tensor, chance: Tensor, seed: int = 0) -> dict[str, Any]:
+    """(s - r) / (t - r) with its interval, where s is a row's accuracy, t the baseline's and r that of guessing.
+
+    The interval resamples items, the same ones for s and t. The value is None where t is not above r, its interval
+    None where resampled t often are not: then these items cannot tell how much was kept.
+
+    Args:
+        hits, reference: float64 (items,), 1 where the row and the baseline are right.
+        chance: float64 (items,), how likely a guess is right; zeros give s / t.
+        seed: of the resampling.
+    """
     above = float((reference - chance).mean())
     if above <= 0:
         return {"value": None, "ci95": None}
@@ -206,3 +196,31 @@ def _retention(hits: Tensor, reference: Tensor, chance: Tensor, seed: int) -> di
         return torch.where(whole > 0, kept / whole, torch.nan)
 
     return {"value": float((hits - chance).mean()) / above, "ci95": interval(ratio, len(hits), seed)}
+
+
+def _choices(item: Item | Contexts) -> int:
+    return len(item.choices if isinstance(item, Item) else item.contexts)
+
+
+def _score(hits: Tensor, reference: Tensor, chance: Tensor, seed: int) -> dict[str, Any]:
+    return {
+        "accuracy": float(hits.mean()),
+        "ci95": mean_interval(hits, seed),
+        "retention": retention(hits, reference, torch.zeros_like(chance), seed),
+        "retention_over_chance": retention(hits, reference, chance, seed),
+    }
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _right(scores: list[list[float]], items: Sequence[Item | Contexts], per_byte: bool) -> Tensor:
+    """Float64 (items,): 1 where the likeliest choice is the right one. A score that is not finite is wrong."""
+    hits = []
+    for values, item in zip(scores, items):
+        choices = item.choices if isinstance(item, Item) else (item.continuation,) * len(item.contexts)
+        lengths = [len(choice.encode()) if per_byte else 1 for choice in choices]
+        likelihood = torch.tensor([v / n for v, n in zip(values, lengths)], dtype=torch.float64)
+        hits.append(float(bool(likelihood.isfinite().all()) and int(likelihood.argmax()) == item.gold))
+    return torch.tensor(hits, dtype=torch.float64)

@@ -1,12 +1,38 @@
 """Quality of several models, the rows, on the same held-out text and questions.
 
-`evaluate_rows` returns what `write_json` stores as evaluate.json. `null` stands for what cannot be computed, such as
-an interval of one sequence. All NLLs are in nats; a `ci95` is `[low, high]` or `null`.
+`evaluate_rows` returns what `write_json` stores as evaluate.json. `null` stands for what was not measured and for what
+cannot be computed, such as an interval of one sequence. All NLLs are in nats; a `ci95` is `[low, high]` or `null`.
 
-    {"kind": "linearize.evaluate", "schema": 1,
+    {"kind": "linearize.evaluate", "schema": 2,
      "baseline": "original", "rows": ["original", ...], "seed": 0,
      "seconds": {ROW: float},
-     "perplexity": {
+     "seconds_by_measurement": {ROW: {MEASUREMENT: float}},             such as "perplexity wikitext2", "needle"
+     "perplexity": null | PERPLEXITY,                                   of the first text at the first context
+     "texts": {TEXT: {CONTEXT: PERPLEXITY}},                            contexts are written as in "1024"
+     "choices": null | CHOICES,                                         the first task with choices
+     "tasks": {TASK: CHOICES | WORDS},
+     "needle": null | {
+        "candidates": 10, "chance_first": 0.1,
+        "rows": {ROW: {FRACTIONS,
+            "lengths": [{"length": int, FRACTIONS}, ...],
+            "cells": [{"length": int, "depth": float, FRACTIONS}, ...]}}},
+     "kl": null | {                                                     KL(original || row) per token
+        "text": TEXT, "seq_len": int, "n_sequences": int, "n_tokens": int,
+        "rows": {ROW: {"n_not_finite": int, "kl": float | null, "ci95": ci95,
+            "by_position": [{"start", "end", "n_not_finite", "kl", "ci95"}, ...]}}},      without the original
+     "generation": null | {                                             greedy answers
+        "n_prompts": int, "max_new_tokens": int,
+        "rows": {ROW: {
+            "end_rate": float, "end_rate_ci95": ci95,                   answers that end themselves
+            "repetition": float, "repetition_ci95": ci95,               mean share of 4-grams written before
+            "loop_rate": float, "loop_rate_ci95": ci95,                 answers that end in a loop
+            "mean_length": float,                                       tokens
+            "length_ratio": float | null, "length_ratio_ci95": ci95,    over the original's
+            "answers": [str, ...]}}},
+     "notes": [str, ...],
+     "machine": {...}}                                                  see linearize.benchmarks.machine
+
+    PERPLEXITY = {
         "seq_len": int, "n_sequences": int, "n_tokens": int,            scored tokens, the same for every row
         "rows": {ROW: {
             "n_not_finite": int,                                        scored tokens whose NLL is NaN or infinite
@@ -15,106 +41,308 @@ an interval of one sequence. All NLLs are in nats; a `ci95` is `[low, high]` or 
                              "n_not_finite", "nll", "nll_ci95", "ppl", "ppl_ci95"}, ...]}},
         "comparisons": [{"row": ROW, "against": ROW,                    every row against the baseline,
                          "nll_difference": float | null,                and the student against every row;
-                         "ci95": ci95}, ...]},                          below 0: the row is better
-     "choices": null | {
-        "n_items": int, "chance": float,
-        "rows": {ROW: {"raw": SCORE, "normalised": SCORE}}},            by summed log-likelihood, and that per byte
-     "needle": null | {
-        "candidates": 10, "chance_first": 0.1,
-        "rows": {ROW: {FRACTIONS, "cells": [{"length": int, "depth": float, FRACTIONS}, ...]}}},
-     "notes": [str, ...],
-     "machine": {...}}                                                  see linearize.benchmarks.machine
-
+                         "ci95": ci95}, ...]}                           below 0: the row is better
+    CHOICES   = {"n_items": int, "chance": float,
+                 "rows": {ROW: {"raw": SCORE, "normalised": SCORE}}}    by summed log-likelihood, and that per byte
+    WORDS     = {"n_items": int, "chance": 0,
+                 "rows": {ROW: {"raw": SCORE,                           greedy decoding writes the word
+                                "log_likelihood": float | null, "log_likelihood_ci95": ci95}}}
     SCORE     = {"accuracy": float, "ci95": ci95, "retention": KEPT, "retention_over_chance": KEPT}
     KEPT      = {"value": float | null, "ci95": ci95}
     FRACTIONS = "trials": int, "greedy": float, "first": float, "mean_rank": float
 """
 
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from linearize.benchmarks.choices import load_items, multiple_choice, summarise_choices
+from linearize.benchmarks.choices import score_items, summarise_choices, summarise_words
+from linearize.benchmarks.divergence import Reference, divergence, reference_states, summarise_divergence
+from linearize.benchmarks.generation import answer, encode_prompts, load_prompts, summarise_answers
 from linearize.benchmarks.inference import Rows, progress_bar
+from linearize.benchmarks.items import LastWord, load_items, named_path
 from linearize.benchmarks.machine import machine_info
 from linearize.benchmarks.needle import build_needles, needle, summarise_needles
-from linearize.benchmarks.perplexity import cut_sequences, perplexity, summarise_perplexity
+from linearize.benchmarks.perplexity import cut_sequences, perplexity_by_context, summarise_perplexity
+from linearize.benchmarks.work import Measured, Work, digest
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:
-    from linearize.distill.recipe import EvaluateOptions
+    from linearize.distill.options import EvaluateOptions
 
-__all__ = ["BASELINE", "KIND", "STUDENT", "evaluate_rows"]
+__all__ = ["BASELINE", "KIND", "MEASUREMENTS", "STUDENT", "Measurement", "evaluate_rows", "plan_measurements"]
 
 KIND = "linearize.evaluate"
 BASELINE = "original"
 STUDENT = "student"
+MEASUREMENTS = ("perplexity", "choices", "needle", "kl", "generation")
+# Decimals of kept NLLs: far below what a float32 sum of thousands can tell apart.
+DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure for every row.
+
+    Attributes:
+        kind: one of `MEASUREMENTS`.
+        name: of its text or task; empty where there is but one.
+        settings: JSON-able; all that the outcome depends on besides the row.
+        measure: (model, reference) -> a JSON-able outcome. Only `kl` has a reference.
+        summarise: row -> outcome, to its part of evaluate.json.
+    """
+
+    kind: str
+    name: str
+    settings: Any
+    measure: Callable[[Any, Reference | None], Any]
+    summarise: Callable[[dict[str, Any]], dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} {self.name}".strip()
 
 
 def evaluate_rows(
     rows: Rows,
     tokenizer: Any,
-    tokens: Tensor,
+    texts: Mapping[str, Tensor],
     options: "EvaluateOptions",
     seed: int = 0,
-    needle_trials: int = 1,
+    work: Work | None = None,
+    only: Collection[str] = MEASUREMENTS,
 ) -> dict[str, Any]:
-    """Measure every row; rows are entered one after the other, each once.
+    """Measure every row; rows are entered one after the other, each at most once.
 
     Args:
         rows: name -> function without arguments whose context manager yields the model. One is `"original"`.
         tokenizer: shared by all rows.
-        tokens: LongTensor (n,), held-out text that no row was trained on.
-        options: `tokens`, `seq_len`, `choices`, `choices_limit`, `needle_lengths` and `needle_depths` are read.
+        texts: name -> LongTensor (n,), held-out text that no row was trained on. Needles hide in the first, whose
+            beginning `kl` reads too.
+        options: all but the texts are read.
         seed: of the bootstrap, the choice of items and the needles.
-        needle_trials: prompts per cell of the needle grid.
+        work: where finished measurements are kept, and found again. Without it nothing is kept.
+        only: what is measured, among `MEASUREMENTS`. Others are in the result where `work` has them for all rows.
 
     Returns:
         JSON-able; the module's docstring has the keys.
 
     Raises:
-        LinearizeError: no row `"original"`, too little text, or a bad choices file. Raised before a row is entered.
+        LinearizeError: no row `"original"`, an unknown measurement, too little text, or a bad file of items or
+            prompts. Raised before a row is entered.
     """
     if BASELINE not in rows:
         raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
-    text = cut_sequences(tokens, options.seq_len, options.tokens).flatten()
-    items = load_items(options.choices, options.choices_limit, seed) if options.choices is not None else []
-    needles = (
-        build_needles(tokenizer, tokens, options.needle_lengths, options.needle_depths, needle_trials, seed)
-        if options.needle_lengths and options.needle_depths
-        else []
+    for kind in only:
+        if kind not in MEASUREMENTS:
+            raise LinearizeError(f"only: {kind!r} is not measured; choose from {', '.join(MEASUREMENTS)}")
+    plan = plan_measurements(tokenizer, texts, options, list(rows), seed)
+    found: dict[tuple[str, str], Measured] = {}
+    for measurement in plan:
+        for row in _measured_rows(measurement, rows):
+            held = work.read(row, measurement.title, measurement.settings) if work else None
+            if held is not None:
+                found[row, measurement.title] = held
+    missing = {
+        row: [m for m in plan if m.kind in only and row in _measured_rows(m, rows) and (row, m.title) not in found]
+        for row in rows
+    }
+    _measure(rows, missing, _kl_sequences(texts, options), found, work)
+    return _result(list(rows), plan, found, texts, options, seed)
+
+
+def _measured_rows(measurement: Measurement, rows: Collection[str]) -> list[str]:
+    """Those that a measurement says something about: the original's distance from itself is 0."""
+    return [row for row in rows if measurement.kind != "kl" or row != BASELINE]
+
+
+def _measure(
+    rows: Rows,
+    missing: dict[str, list[Measurement]],
+    sequences: Tensor,
+    found: dict[tuple[str, str], Measured],
+    work: Work | None,
+) -> None:
+    """Run what is missing, the original first, and put it into `found`."""
+    compared = any(measurement.kind == "kl" for wanted in missing.values() for measurement in wanted)
+    reference = None
+    with progress_bar("evaluate", total=sum(map(len, missing.values())) + compared) as advance:
+        for row in sorted(rows, key=lambda name: name != BASELINE):
+            wanted, refer = missing[row], compared and row == BASELINE
+            if not wanted and not refer:
+                continue
+            with rows[row]() as model:
+                for measurement in wanted:
+                    start = time.perf_counter()
+                    outcome = measurement.measure(model, reference)
+                    measured = Measured(outcome, round(time.perf_counter() - start, 1))
+                    found[row, measurement.title] = measured
+                    if work is not None:
+                        work.write(row, measurement.title, measurement.settings, measured)
+                    advance(f"{row}, {measurement.title}")
+                if refer:
+                    reference = reference_states(model, sequences)
+                    advance(f"{row}, for kl")
+
+
+def plan_measurements(
+    tokenizer: Any, texts: Mapping[str, Tensor], options: "EvaluateOptions", rows: Sequence[str], seed: int
+) -> list[Measurement]:
+    """All that the options ask for, with prompts and items built: what is wrong with them shows here, without a model.
+
+    Raises:
+        LinearizeError: see `evaluate_rows`.
+    """
+    plan = [_perplexity(name, text, options, rows, seed) for name, text in texts.items()]
+    taken: set[str] = set()
+    for given in options.choices:
+        name, path = named_path(given, "choices")
+        if name in taken:
+            raise LinearizeError(f"choices: two files are called {name!r}; write NAME={path} for one of them")
+        taken.add(name)
+        plan.append(_task(name, load_items(path, options.choices_limit, seed), tokenizer, seed))
+    if options.needle_lengths and options.needle_depths:
+        plan.append(_needles(tokenizer, next(iter(texts.values())), options, seed))
+    if options.kl_tokens:
+        plan.append(_divergence(texts, options, seed))
+    if options.answers:
+        plan.append(_generation(tokenizer, options, seed))
+    return plan
+
+
+def _cut(text: Tensor, options: "EvaluateOptions") -> Tensor:
+    """As many whole sequences of the longest context as `tokens` are: the same tokens at each context that divides
+    it."""
+    return cut_sequences(text, max(options.contexts), options.tokens).flatten()
+
+
+def _perplexity(name: str, text: Tensor, options: "EvaluateOptions", rows: Sequence[str], seed: int) -> Measurement:
+    tokens = _cut(text, options)
+
+    def measure(model: Any, _: Reference | None) -> dict[str, Any]:
+        found = perplexity_by_context(model, tokens, options.contexts)
+        return {str(context): _rounded(nll) for context, nll in found.items()}
+
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        return {
+            str(context): summarise_perplexity(
+                {row: torch.tensor(outcome[str(context)]) for row, outcome in outcomes.items()},
+                _comparisons(rows),
+                seed,
+            )
+            for context in options.contexts
+        }
+
+    settings = {"tokens": digest(tokens.tolist()), "contexts": list(options.contexts)}
+    return Measurement("perplexity", name, settings, measure, summarise)
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(value, DECIMALS) for value in row] for row in values.tolist()]
+
+
+def _task(name: str, items: list[Any], tokenizer: Any, seed: int) -> Measurement:
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(items[0], LastWord):
+            words = {row: [(value, greedy) for ((value, greedy),) in outcome] for row, outcome in outcomes.items()}
+            return summarise_words(words, BASELINE, seed)
+        scores = {row: [[value for value, _ in item] for item in outcome] for row, outcome in outcomes.items()}
+        return summarise_choices(scores, items, BASELINE, seed)
+
+    settings = {"items": digest([asdict(item) for item in items])}
+    return Measurement("choices", name, settings, lambda model, _: score_items(model, tokenizer, items), summarise)
+
+
+def _needles(tokenizer: Any, text: Tensor, options: "EvaluateOptions", seed: int) -> Measurement:
+    prompts = build_needles(
+        tokenizer,
+        text,
+        options.needle_lengths,
+        options.needle_depths,
+        options.needle_trials,
+        seed,
+        options.needle_keys,
+        options.needle_digits,
     )
-    nll, scores, found, seconds = {}, {}, {}, {}
-    with progress_bar("evaluate", total=len(rows) * (1 + bool(items) + bool(needles))) as advance:
-        for name, enter in rows.items():
-            start = time.perf_counter()
-            with enter() as model:
-                nll[name] = perplexity(model, text, options.seq_len)
-                advance(f"{name}, perplexity")
-                if items:
-                    scores[name] = multiple_choice(model, tokenizer, items)
-                    advance(f"{name}, multiple choice")
-                if needles:
-                    found[name] = needle(model, tokenizer, needles)
-                    advance(f"{name}, needle")
-            seconds[name] = round(time.perf_counter() - start, 1)
+    settings = {"prompts": digest([asdict(prompt) for prompt in prompts])}
+    return Measurement("needle", "", settings, lambda model, _: needle(model, tokenizer, prompts), summarise_needles)
+
+
+def _kl_sequences(texts: Mapping[str, Tensor], options: "EvaluateOptions") -> Tensor:
+    tokens = _cut(next(iter(texts.values())), options)
+    return cut_sequences(tokens, options.contexts[0], max(options.kl_tokens, options.contexts[0]))
+
+
+def _divergence(texts: Mapping[str, Tensor], options: "EvaluateOptions", seed: int) -> Measurement:
+    text = next(iter(texts))
+
+    def measure(model: Any, reference: Reference | None) -> list[list[float]]:
+        assert reference is not None, "the original is measured first"
+        return _rounded(divergence(model, reference))
+
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        values = {row: torch.tensor(outcome) for row, outcome in outcomes.items()}
+        return {"text": text, **summarise_divergence(values, seed)}
+
+    settings = {"sequences": digest(_kl_sequences(texts, options).tolist())}
+    return Measurement("kl", "", settings, measure, summarise)
+
+
+def _generation(tokenizer: Any, options: "EvaluateOptions", seed: int) -> Measurement:
+    prompts = encode_prompts(tokenizer, load_prompts(options.prompts, options.answers))
+    limit = options.answer_tokens
+
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        return summarise_answers(outcomes, tokenizer, limit, BASELINE, seed)
+
+    settings = {"prompts": digest(prompts), "max_new_tokens": limit}
+    return Measurement("generation", "", settings, lambda model, _: answer(model, tokenizer, prompts, limit), summarise)
+
+
+def _result(
+    rows: list[str],
+    plan: list[Measurement],
+    found: dict[tuple[str, str], Measured],
+    texts: Mapping[str, Tensor],
+    options: "EvaluateOptions",
+    seed: int,
+) -> dict[str, Any]:
+    parts: dict[str, dict[str, Any]] = {kind: {} for kind in MEASUREMENTS}
+    for measurement in plan:
+        own = _measured_rows(measurement, rows)
+        if own and all((row, measurement.title) in found for row in own):
+            outcomes = {row: found[row, measurement.title].outcome for row in own}
+            parts[measurement.kind][measurement.name] = measurement.summarise(outcomes)
+    seconds: dict[str, dict[str, float]] = {row: {} for row in rows}
+    for (row, title), measured in found.items():
+        seconds[row][title] = measured.seconds
+    first = parts["perplexity"].get(next(iter(texts)))
+    with_choices = (task for task in parts["choices"].values() if "normalised" in task["rows"][BASELINE])
     return {
         "kind": KIND,
-        "schema": 1,
+        "schema": 2,
         "baseline": BASELINE,
-        "rows": list(rows),
+        "rows": rows,
         "seed": seed,
-        "seconds": seconds,
-        "perplexity": summarise_perplexity(nll, _comparisons(list(rows)), seed),
-        "choices": summarise_choices(scores, items, BASELINE, seed) if items else None,
-        "needle": summarise_needles(found) if needles else None,
-        "notes": _notes(len(text), len(tokens), options),
+        "seconds": {row: round(sum(by.values()), 1) for row, by in seconds.items()},
+        "seconds_by_measurement": seconds,
+        "perplexity": first and first[str(options.contexts[0])],
+        "texts": parts["perplexity"],
+        "choices": next(with_choices, None),
+        "tasks": parts["choices"],
+        "needle": parts["needle"].get(""),
+        "kl": parts["kl"].get(""),
+        "generation": parts["generation"].get(""),
+        "notes": _notes(texts, options),
         "machine": machine_info(seed),
     }
 
 
-def _comparisons(rows: list[str]) -> list[tuple[str, str]]:
+def _comparisons(rows: Sequence[str]) -> list[tuple[str, str]]:
     """Every row against the original, and the student against every other row."""
     pairs = [(row, BASELINE) for row in rows if row != BASELINE]
     if STUDENT in rows:
@@ -122,8 +350,11 @@ def _comparisons(rows: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _notes(used: int, available: int, options: "EvaluateOptions") -> list[str]:
+def _notes(texts: Mapping[str, Tensor], options: "EvaluateOptions") -> list[str]:
     """What was done otherwise than asked."""
-    if available < options.tokens:
-        return [f"{options.tokens} tokens were asked for, the held-out text has {available}; {used} were used."]
-    return []
+    return [
+        f"{options.tokens} tokens were asked for, the text {name!r} has {len(text)}; {len(_cut(text, options))} "
+        "were used."
+        for name, text in texts.items()
+        if len(text) < options.tokens
+    ]

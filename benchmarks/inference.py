@@ -6,9 +6,26 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Rows", "device_of", "inference", "progress_bar"]
+from linearize.convert import base_model
+from linearize.errors import LinearizeError
+
+__all__ = [
+    "POSITIONS_AT_ONCE",
+    "TOKENS_AT_ONCE",
+    "Rows",
+    "device_of",
+    "hidden_states",
+    "inference",
+    "output_head",
+    "progress_bar",
+]
+
+# Tokens of one forward pass: enough to keep the processor busy, few enough for the activations to stay small.
+TOKENS_AT_ONCE = 2048
+# Positions whose float32 logits are held at once: 256 x 49k entries are 50 MB.
+POSITIONS_AT_ONCE = 256
 
 # A row's name -> a function without arguments whose context manager yields the model of that row.
 Rows = dict[str, Callable[[], AbstractContextManager[Any]]]
@@ -30,6 +47,45 @@ def inference(model: nn.Module) -> Iterator[None]:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter, which is where its inputs go."""
     return next(model.parameters()).device
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that turns the last hidden states into logits."""
+    return base_model(model).get_output_embeddings()
+
+
+def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the model's output head reads, for all positions; logits of some positions are then cheap, and those of
+    all never stand in memory together.
+
+    Args:
+        model: a causal language model of transformers. Call it inside `inference`.
+        ids: LongTensor (B, T). Rows that end earlier may hold anything behind their end: nothing before sees it.
+
+    Returns:
+        (B, T, hidden) in the model's dtype; `output_head(model)` makes logits of them.
+
+    Raises:
+        LinearizeError: the model does something else to its logits after the head, such as capping them.
+    """
+    caught: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        caught.append(args[0])
+        return (args[0][:, -1:],)
+
+    head = output_head(model)
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        last = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(caught) != 1 or not torch.allclose(head(caught[0][:, -1:]).to(last.dtype), last, equal_nan=True):
+        raise LinearizeError(
+            f"model: the logits of {type(base_model(model)).__name__} are not what its output embedding gives; "
+            "evaluation needs a model without a function after it"
+        )
+    return caught[0]
 
 
 @contextmanager

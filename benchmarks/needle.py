@@ -1,9 +1,10 @@
 """A small needle-in-a-haystack test: is a number, said once in a long text, still known at its end?
 
 The haystack is held-out text, cut at token level so that a prompt has exactly the asked length. One sentence with a
-random 5-digit number is put at a depth (0 = start, 1 = end), and the prompt ends where that sentence's number would be
-repeated. Two scores: greedy decoding writes exactly the number; and the number's rank by log-likelihood among nine
-others drawn at random, which shows something for models too small to answer.
+random number is put at a depth (0 = start, 1 = end), and the prompt ends where that sentence's number would be
+repeated. With several keys there are as many such sentences, each about another thing, the others at random depths;
+one is asked for. Two scores: greedy decoding writes exactly the number; and the number's rank by log-likelihood among
+nine others (those of the other keys, then random ones), which shows something for models too small to answer.
 """
 
 import copy
@@ -27,6 +28,9 @@ __all__ = ["CANDIDATES", "Needle", "build_needles", "needle", "summarise_needles
 CANDIDATES = 10
 SENTENCE = "\nOne fact to remember: the secret number is {number}.\n"
 QUESTION = "\nThe fact to remember: the secret number is"
+SENTENCE_OF = "\nOne fact to remember: the secret number of the {key} is {number}.\n"
+QUESTION_OF = "\nThe fact to remember: the secret number of the {key} is"
+KEYS = ("garden", "river", "window", "teacher", "mountain", "kitchen", "engine", "letter")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,14 @@ class Needle:
 
 
 def build_needles(
-    tokenizer: Any, tokens: Tensor, lengths: Sequence[int], depths: Sequence[float], trials: int = 1, seed: int = 0
+    tokenizer: Any,
+    tokens: Tensor,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int = 1,
+    seed: int = 0,
+    keys: int = 1,
+    digits: int = 5,
 ) -> list[Needle]:
     """Prompts for every length and depth, the same for every model that shares the tokenizer.
 
@@ -60,10 +71,15 @@ def build_needles(
         depths: 0 to 1.
         trials: prompts per cell.
         seed: of numbers and stretches.
+        keys: how many sentences there are, at most 8.
+        digits: of a number, at least 2.
 
     Raises:
-        LinearizeError: a length longer than the text or too short for the sentence, or a depth outside 0 to 1.
+        LinearizeError: a length longer than the text or too short for the sentences, a depth outside 0 to 1, or more
+            keys than there are.
     """
+    if not 1 <= keys <= len(KEYS):
+        raise LinearizeError(f"needle_keys: {keys} is outside 1 to {len(KEYS)}; 1 asks for the only number")
     for depth in depths:
         if not 0 <= depth <= 1:
             raise LinearizeError(f"needle_depths: {depth} is outside 0 to 1; 0 is the start of the text, 1 its end")
@@ -73,11 +89,16 @@ def build_needles(
     for length in lengths:
         for depth in depths:
             for _ in range(trials):
-                numbers = tuple(map(str, generator.sample(range(10_000, 100_000), CANDIDATES)))
-                sentence = tokenizer(SENTENCE.format(number=numbers[0]), add_special_tokens=False)["input_ids"]
+                numbers = tuple(map(str, generator.sample(range(10 ** (digits - 1), 10**digits), CANDIDATES)))
+                names = generator.sample(KEYS, keys) if keys > 1 else []
+                sentences = [
+                    tokenizer(sentence, add_special_tokens=False)["input_ids"]
+                    for sentence in _sentences(numbers, names)
+                ]
                 texts = [f" {number}" for number in numbers]
-                question, candidates = encode_choices(tokenizer, QUESTION, texts, special=False)
-                room = length - len(start) - len(sentence) - len(question)
+                asked = QUESTION_OF.format(key=names[0]) if names else QUESTION
+                question, candidates = encode_choices(tokenizer, asked, texts, special=False)
+                room = length - len(start) - sum(map(len, sentences)) - len(question)
                 if room < 1:
                     least = length - room + 1
                     raise LinearizeError(f"needle_lengths: {length} is too short for the sentence; use {least} or more")
@@ -88,10 +109,20 @@ def build_needles(
                     )
                 offset = generator.randrange(len(tokens) - room + 1)
                 haystack = tokens[offset : offset + room].tolist()
-                cut = round(depth * room)
-                prompt = [*start, *haystack[:cut], *sentence, *haystack[cut:], *question]
+                cuts = [round(depth * room), *(generator.randrange(room + 1) for _ in sentences[1:])]
+                # From the back, so that a sentence that is put in does not move the places of those before it.
+                for cut, sentence in sorted(zip(cuts, sentences), reverse=True):
+                    haystack[cut:cut] = sentence
+                prompt = [*start, *haystack, *question]
                 needles.append(Needle(length, depth, tuple(prompt), numbers, tuple(map(tuple, candidates))))
     return needles
+
+
+def _sentences(numbers: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The sentence that is asked for, then those of the other keys."""
+    if not names:
+        return [SENTENCE.format(number=numbers[0])]
+    return [SENTENCE_OF.format(key=name, number=number) for name, number in zip(names, numbers)]
 
 
 def _special_start(tokenizer: Any) -> list[int]:
@@ -163,7 +194,7 @@ def _greedy(model: nn.Module, logits: Tensor, cache: Any, steps: int) -> list[in
 
 
 def summarise_needles(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Fractions per row and per cell of length and depth.
+    """Fractions per row, per length, and per cell of length and depth.
 
     Args:
         results: row name -> what `needle` returned.
@@ -173,11 +204,14 @@ def summarise_needles(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     """
     rows = {}
     for name, trials in results.items():
+        lengths: dict[int, list[dict[str, Any]]] = {}
         cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
         for trial in trials:
+            lengths.setdefault(trial["length"], []).append(trial)
             cells.setdefault((trial["length"], trial["depth"]), []).append(trial)
         rows[name] = {
             **_fractions(trials),
+            "lengths": [{"length": length, **_fractions(group)} for length, group in lengths.items()],
             "cells": [
                 {"length": length, "depth": depth, **_fractions(group)} for (length, depth), group in cells.items()
             ],

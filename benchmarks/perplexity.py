@@ -5,23 +5,32 @@ token are scored. The negative log-likelihood (NLL, nats) is float32 whatever th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from linearize.benchmarks.inference import device_of, inference
+from linearize.benchmarks.inference import (
+    POSITIONS_AT_ONCE,
+    TOKENS_AT_ONCE,
+    device_of,
+    hidden_states,
+    inference,
+    output_head,
+)
 from linearize.benchmarks.resampling import mean_interval
 from linearize.errors import LinearizeError
 
-__all__ = ["cut_sequences", "perplexity", "position_edges", "summarise_perplexity", "token_nll"]
-
-# Positions whose float32 log-softmax is held at once: 256 x 49k entries are 50 MB, a whole sequence of 1024 is 200.
-POSITIONS_AT_ONCE = 256
-# Logits (positions x vocabulary) that one forward pass of a batch may produce: 1 GiB in float32.
-LOGITS_AT_ONCE = 2**28
+__all__ = [
+    "cut_sequences",
+    "perplexity",
+    "perplexity_by_context",
+    "position_edges",
+    "summarise_perplexity",
+    "token_nll",
+]
 
 
 def cut_sequences(tokens: Tensor, seq_len: int, limit: int | None = None) -> Tensor:
@@ -74,7 +83,7 @@ def perplexity(model: nn.Module, tokens: Tensor, seq_len: int, batch_size: int |
         model: a causal language model of transformers.
         tokens: LongTensor (n,), held-out text.
         seq_len: tokens per sequence, >= 2.
-        batch_size: sequences per forward pass; by default what keeps the logits under 1 GiB.
+        batch_size: sequences per forward pass; by default `TOKENS_AT_ONCE` tokens of them.
 
     Returns:
         float32 (sequences, seq_len - 1) on the CPU; column p - 1 belongs to the token with p tokens before it.
@@ -83,16 +92,43 @@ def perplexity(model: nn.Module, tokens: Tensor, seq_len: int, batch_size: int |
         LinearizeError: the text does not fill one sequence.
     """
     sequences = cut_sequences(tokens, seq_len)
-    if batch_size is None:
-        vocabulary = cast(Any, model.config).get_text_config().vocab_size
-        batch_size = max(1, min(8, LOGITS_AT_ONCE // (seq_len * vocabulary)))
-    rows = []
+    head, rows = output_head(model), []
     with inference(model):
-        for batch in sequences.split(batch_size):
+        for batch in sequences.split(batch_size or max(1, TOKENS_AT_ONCE // seq_len)):
             batch = batch.to(device_of(model))
-            logits = model(input_ids=batch, use_cache=False).logits
-            rows.append(token_nll(logits[:, :-1], batch[:, 1:]).cpu())
+            hidden, targets = hidden_states(model, batch)[:, :-1], batch[:, 1:]
+            pieces = zip(hidden.split(POSITIONS_AT_ONCE, 1), targets.split(POSITIONS_AT_ONCE, 1))
+            rows.append(torch.cat([token_nll(head(piece), target) for piece, target in pieces], 1).cpu())
     return torch.cat(rows)
+
+
+def perplexity_by_context(model: nn.Module, tokens: Tensor, contexts: Sequence[int]) -> dict[int, Tensor]:
+    """`perplexity` of one text cut at several lengths.
+
+    A sequence that begins where a longer one does is its beginning, and a causal model predicts it the same. It is
+    read from the longer one's result, unless the model's rotary embedding looks at the length. At 1k, 2k and 4k this
+    halves the work.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: LongTensor (n,), at least the longest context.
+        contexts: tokens per sequence, each >= 2.
+
+    Returns:
+        context -> float32 (sequences, context - 1).
+    """
+    rotary = str(getattr(cast(Any, model).config.get_text_config(), "rope_parameters", None))
+    fixed = not any(kind in rotary for kind in ("dynamic", "longrope"))
+    known: dict[int, Tensor] = {}  # first token of a sequence -> NLLs of the longest one read there
+    found = {}
+    for context in sorted(contexts, reverse=True):
+        starts = range(0, len(tokens) - context + 1, context)
+        new = [start for start in starts if start not in known or not fixed]
+        if new:
+            text = torch.cat([tokens[start : start + context] for start in new])
+            known |= dict(zip(new, perplexity(model, text, context)))
+        found[context] = torch.stack([known[start][: context - 1] for start in starts])
+    return {context: found[context] for context in contexts}
 
 
 def position_edges(seq_len: int) -> list[int]:

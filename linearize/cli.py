@@ -199,12 +199,41 @@ def _job(name: str, model: str | None, out: Path | None, settings: list[str] | N
 def evaluate(
     model: Model,
     base: Base = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; Python's own documentation if left out.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of it are read.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
-    choices: Annotated[Path | None, typer.Option(help="Multiple choice: jsonl of query, choices, gold.")] = None,
-    choices_limit: Annotated[int, typer.Option(help="How many of the items are read.")] = 100,
-    needle: Annotated[str, typer.Option(help="Haystack lengths in tokens, or none.")] = "256,512,1024",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="A text; many times if you like; Python's documentation if left out."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of each are read.")] = 8192,
+    contexts: Annotated[str, typer.Option(help="Tokens a sequence, one perplexity each.")] = "1k",
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Questions, jsonl as of ARC, PIQA, Winogrande, LAMBADA; many times."),
+    ] = None,
+    choices_limit: Annotated[int, typer.Option(help="How many questions of each are read, at random.")] = 100,
+    needle: Annotated[str, typer.Option(help="Haystack lengths in tokens, or none.")] = "256,512,1k",
+    needle_depths: Annotated[str, typer.Option(help="Where in the haystack, 0 = start, 1 = end.")] = "0.1,0.5,0.9",
+    needle_trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 1,
+    needle_keys: Annotated[int, typer.Option(help="How many numbers are hidden; one is asked for.")] = 1,
+    needle_digits: Annotated[int, typer.Option(help="Digits of a number.")] = 5,
+    kl_tokens: Annotated[int, typer.Option(help="Tokens that the distance from the original is measured on.")] = 2048,
+    answers: Annotated[int, typer.Option(help="Prompts that are answered; 0 leaves generation out.")] = 8,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
+    prompts: Annotated[
+        Path | None, typer.Option(help="What is asked: jsonl of chats or prompts; neutral questions if left out.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Among perplexity, choices, needle, kl, generation; the rest as measured before.")
+    ] = None,
+    rows: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="A row beside the original; many times; all if left out.")
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="One more row: a student, or a control's LoRA.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of finished measurements; evaluations may share one. OUT.work."),
+    ] = None,
     out: ResultFile = None,
     dtype: DType = "auto",
     device: Device = None,
@@ -212,24 +241,36 @@ def evaluate(
 ) -> None:
     """Measure quality: the original, window + sinks, the student, the student with its state or window off.
 
-    Example: linearize evaluate runs/demo/student --tokens 16384
+    Goes on where an interrupted evaluation ended.
+
+    Example: linearize evaluate runs/demo/student --tokens 16384 --contexts 1k,4k
     """
     from linearize.distill.options import EvaluateOptions
 
     options = EvaluateOptions(
-        text=None if text is None else str(text),
+        text=tuple(text or ()),
         tokens=tokens,
-        seq_len=seq_len,
-        choices=None if choices is None else str(choices),
+        contexts=parse_tokens(contexts, "contexts"),
+        choices=tuple(choices or ()),
         choices_limit=choices_limit,
         needle_lengths=() if needle == "none" else parse_tokens(needle, "needle"),
+        needle_depths=tuple(part.strip() for part in needle_depths.split(",")),  # type: ignore[arg-type]
+        needle_trials=needle_trials,
+        needle_keys=needle_keys,
+        needle_digits=needle_digits,
+        kl_tokens=kl_tokens,
+        answers=answers,
+        answer_tokens=answer_tokens,
+        prompts=None if prompts is None else str(prompts),
     )
+    kinds = None if only is None else [kind.strip() for kind in only.split(",")]
     _quiet()
     from linearize.tables import print_evaluation
     from linearize.tasks import evaluate_model
 
     with _result_file(model, out, "evaluate.json") as file:
-        print_evaluation(evaluate_model(model, base, options, file, dtype, device, seed))
+        found = evaluate_model(model, base, options, file, dtype, device, seed, kinds, rows, also or (), work)
+        print_evaluation(found)
 
 
 @bench_app.command("decode", cls=PlainCommand)

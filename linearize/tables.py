@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linearize.console import human_bytes, human_tokens
@@ -74,22 +74,47 @@ def print_inspection(plan: "Inspection") -> None:
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """The rows of evaluate.json side by side."""
-    part = result["perplexity"]
-    columns = ["row", "perplexity", "95 % interval"]
-    choices, needle = result["choices"], result["needle"]
-    columns += ["multiple choice"] if choices else []
-    columns += ["needle first", "needle written"] if needle else []
-    rows = []
-    for name in result["rows"]:
-        found = part["rows"][name]
-        row = [name, _number(found["ppl"]), _interval(found["ppl_ci95"])]
-        row += [f"{100 * choices['rows'][name]['normalised']['accuracy']:.1f} %"] if choices else []
-        if needle:
-            row += [f"{100 * needle['rows'][name][key]:.0f} %" for key in ("first", "greedy")]
-        rows.append(row)
-    print_table(f"{part['n_tokens']} scored tokens, {part['n_sequences']} x {part['seq_len']}", columns, rows)
+    columns, cells = _evaluation_columns(result)
+    if not columns:
+        print("Nothing was measured for all rows.")
+    else:
+        rows = [[name, *(cell(name) for cell in cells)] for name in result["rows"]]
+        part = result["perplexity"]
+        title = f"{part['n_tokens']} scored tokens, {part['n_sequences']} x {part['seq_len']}" if part else "evaluation"
+        print_table(title, ["row", *columns], rows)
     for line in result["notes"]:
         print(line)
+
+
+def _evaluation_columns(result: dict[str, Any]) -> tuple[list[str], list[Callable[[str], str]]]:
+    """Heads of columns, and for each what a row's cell says; what was not measured has none."""
+    columns: list[tuple[str, Callable[[str], str]]] = []
+
+    def perplexity(head: str, part: dict[str, Any], interval: bool) -> None:
+        columns.append((head, lambda row: _number(part["rows"][row]["ppl"])))
+        if interval:
+            columns.append(("95 % interval", lambda row: _interval(part["rows"][row]["ppl_ci95"])))
+
+    def accuracy(head: str, task: dict[str, Any]) -> None:
+        kind = "normalised" if "normalised" in task["rows"][result["baseline"]] else "raw"
+        columns.append((head, lambda row: f"{100 * task['rows'][row][kind]['accuracy']:.1f} %"))
+
+    parts = [(text, part) for text, by_context in result["texts"].items() for part in by_context.values()]
+    for text, part in parts:
+        name = text if len(result["texts"]) > 1 else "perplexity"
+        perplexity(name if len(parts) == 1 else f"{name} at {human_tokens(part['seq_len'])}", part, len(parts) == 1)
+    for name, task in result["tasks"].items():
+        accuracy(name, task)
+    needle, kl, generation = result["needle"], result["kl"], result["generation"]
+    if needle:
+        columns.append(("needle first", lambda row: f"{100 * needle['rows'][row]['first']:.0f} %"))
+        columns.append(("needle written", lambda row: f"{100 * needle['rows'][row]['greedy']:.0f} %"))
+    if kl:
+        columns.append(("KL", lambda row: _decimals(kl["rows"][row]["kl"]) if row in kl["rows"] else "0"))
+    if generation:
+        columns.append(("ended", lambda row: f"{100 * generation['rows'][row]['end_rate']:.0f} %"))
+        columns.append(("repeated", lambda row: f"{100 * generation['rows'][row]['repetition']:.0f} %"))
+    return [head for head, _ in columns], [cell for _, cell in columns]
 
 
 def print_bench(result: dict[str, Any]) -> None:
@@ -125,6 +150,10 @@ def _crossover(found: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _interval(ends: list[float] | None) -> str:

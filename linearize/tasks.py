@@ -1,5 +1,6 @@
 """What the commands do for one model; `linearize.job` does the whole job of a recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from linearize.distill.options import DataOptions, EvaluateOptions, Source
 from linearize.errors import LinearizeError
 from linearize.inspection import Inspection, inspect_config
 from linearize.models import load_config, load_model, load_tokenizer, recorded_conversion, resolve, resolve_dtype
-from linearize.rows import CONTROL, comparison_rows, speed_rows
+from linearize.rows import CONTROL, WINDOW, comparison_rows, speed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ __all__ = [
     "check_evaluation",
     "convert_and_save",
     "evaluate_model",
+    "evaluation_texts",
     "held_out_tokens",
     "run_folder",
     "write_answer",
@@ -31,6 +33,7 @@ __all__ = [
 
 # Text beyond what perplexity reads, so that the stretches that needles hide in differ from one another.
 HAYSTACKS = 4
+HELD_OUT = "held-out"
 # Text that every Python has, for measuring where none is named.
 DEFAULT_DATA = DataOptions(sources=(Source(kind="pydoc"),))
 
@@ -51,11 +54,34 @@ def convert_and_save(name: str, config: LinearizeConfig, out: Path, adapter: boo
 
 
 def evaluate_model(
-    name: str, base: str | None, options: EvaluateOptions, out: Path, dtype: str, device: str | None, seed: int
+    name: str,
+    base: str | None,
+    options: EvaluateOptions,
+    out: Path,
+    dtype: str,
+    device: str | None,
+    seed: int,
+    only: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    also: Sequence[str] = (),
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model beside what it must be compared with and write the JSON; returns what was written."""
-    from linearize.benchmarks.evaluate import evaluate_rows
+    """Measure a model beside what it must be compared with and write the JSON; returns what was written.
+
+    Args:
+        name, base: as for `load_model`; for a whole student, `base` is what it is compared with.
+        options: what is measured.
+        out: the JSON.
+        dtype, device, seed: as everywhere.
+        only: kinds of measurements, see `evaluate_rows`; None is all.
+        rows: names of the rows that are measured beside the original; None is all.
+        also: more rows, see `also_rows`.
+        work: the folder of finished measurements; None is OUT.work beside the JSON.
+    """
+    from linearize.also import also_rows, row_identities
+    from linearize.benchmarks.evaluate import BASELINE, MEASUREMENTS, evaluate_rows
     from linearize.benchmarks.files import write_json
+    from linearize.benchmarks.work import Work
 
     # By what its files record, not by where they are: a whole student on the hub needs its original too.
     whole = resolve(name).kind != "adapter" and recorded_conversion(name) is not None
@@ -64,7 +90,8 @@ def evaluate_model(
     chosen = announce_dtype(dtype, device)
     # Mistakes in texts and lengths show before minutes of loading.
     tokenizer = load_tokenizer(name, None if whole else base)
-    tokens = held_out_tokens(options, *_data(name, seed), tokenizer=tokenizer)
+    texts = evaluation_texts(options, *_data(name, seed), tokenizer=tokenizer)
+    check_evaluation(options, texts, tokenizer, seed)
     if whole:
         model, _ = load_model(name, chosen, device)
         original, _ = load_model(str(base), chosen, device)
@@ -72,9 +99,18 @@ def evaluate_model(
         # LoRA stays apart: without it the weights are the original's, and no second model is needed.
         model, _ = load_model(name, chosen, device, base=base, merge=False)
         original = None
-        _add_control(model, run_folder(name))
-    rows = comparison_rows(model, original)
-    result = evaluate_rows(rows, tokenizer, tokens, options, seed)
+        _add_beside(model, run_folder(name))
+    found = comparison_rows(model, original)
+    below = base_model(model if original is None else original).config.name_or_path
+    found |= also_rows(also, found, below, chosen, base_model(model).device.type)
+    if rows is not None:
+        for row in rows:
+            if row not in found:
+                raise LinearizeError(f"rows: there is no row {row!r}; choose from {', '.join(map(repr, found))}")
+        found = {row: enter for row, enter in found.items() if row in rows or row == BASELINE}
+    identities = row_identities(found, model, below, name, run_folder(name), also)
+    kept = Work(out.with_suffix(".work") if work is None else work, identities)
+    result = evaluate_rows(found, tokenizer, texts, options, seed, kept, MEASUREMENTS if only is None else only)
     result["notes"].append(_near_side(model))
     write_json(out, result)
     return result
@@ -88,12 +124,15 @@ def run_folder(name: str) -> Path | None:
     return path.parent if found else None
 
 
-def _add_control(model: Any, run: Path | None) -> None:
-    """Put the LoRA of the run's control beside the student's, so that a new comparison has all rows of the run's."""
-    if run is not None and hasattr(model, "peft_config") and (run / CONTROL).is_dir():
-        active = model.active_adapter
-        model.load_adapter(str(run / CONTROL), adapter_name=CONTROL)
-        model.set_adapter(active)
+def _add_beside(model: Any, run: Path | None) -> None:
+    """Put the LoRA of what a run trained beside its student into the model, so that a new comparison has all rows."""
+    if run is None or not hasattr(model, "peft_config"):
+        return
+    active = model.active_adapter
+    for role in (CONTROL, WINDOW):
+        if (run / role).is_dir():
+            model.load_adapter(str(run / role), adapter_name=role)
+    model.set_adapter(active)
 
 
 def _near_side(model: Any) -> str:
@@ -182,37 +221,46 @@ def _data(name: str, seed: int) -> tuple[DataOptions, int]:
 def held_out_tokens(
     options: EvaluateOptions, data: DataOptions, seed: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Tensor:
-    """The text to evaluate on: `options.text` where it is given, else what `data` never trains on.
+    """The first of `evaluation_texts`."""
+    return next(iter(evaluation_texts(options, data, seed, tokenizer).values()))
+
+
+def evaluation_texts(
+    options: EvaluateOptions, data: DataOptions, seed: int, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Tensor]:
+    """The texts to evaluate on: `options.text` where it is given, else what `data` never trains on.
 
     Returns:
-        LongTensor (n,), at most what the measurements can use.
+        name -> LongTensor (n,), at most what the measurements can use.
 
     Raises:
-        LinearizeError: a file that is missing or not UTF-8, or no text left to hold out.
+        LinearizeError: a file that is missing or not UTF-8, a name twice, or no text left to hold out.
     """
+    from linearize.benchmarks.items import named_path
+
     limit = max(options.tokens, HAYSTACKS * max(options.needle_lengths, default=0))
-    if options.text is None:
+    if not options.text:
         from linearize.distill.data import build_stream
 
-        return build_stream(data, tokenizer, seed, part="held_out").tokens(limit)
-    path = Path(options.text)
-    if not path.is_file():
-        raise LinearizeError(f"text: {options.text!r} is not a file; name a UTF-8 text file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LinearizeError(f"text: {options.text!r} is not UTF-8 at byte {error.start}; convert it") from error
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:limit], dtype=torch.long)
+        return {HELD_OUT: build_stream(data, tokenizer, seed, part="held_out").tokens(limit)}
+    texts: dict[str, Tensor] = {}
+    for given in options.text:
+        name, path = named_path(given, "text")
+        if name in texts:
+            raise LinearizeError(f"text: two files are called {name!r}; write NAME={path} for one of them")
+        try:
+            # A token has at least one byte, and rarely more than sixteen: a large file is not read to its end.
+            text = path.read_text(encoding="utf-8")[: 16 * limit]
+        except UnicodeDecodeError as error:
+            raise LinearizeError(f"text: {str(path)!r} is not UTF-8 at byte {error.start}; convert it") from error
+        texts[name] = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:limit], dtype=torch.long)
+    return texts
 
 
-def check_evaluation(options: EvaluateOptions, tokens: Tensor, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
+def check_evaluation(
+    options: EvaluateOptions, texts: dict[str, Tensor], tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> None:
     """Raise the LinearizeError that `evaluate_rows` would raise, without a model."""
-    from linearize.benchmarks.choices import load_items
-    from linearize.benchmarks.needle import build_needles
-    from linearize.benchmarks.perplexity import cut_sequences
+    from linearize.benchmarks.evaluate import plan_measurements
 
-    cut_sequences(tokens, options.seq_len, options.tokens)
-    if options.choices is not None:
-        load_items(options.choices, options.choices_limit, seed)
-    if options.needle_lengths and options.needle_depths:
-        build_needles(tokenizer, tokens, options.needle_lengths, options.needle_depths, seed=seed)
+    plan_measurements(tokenizer, texts, options, (), seed)

@@ -7,12 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.benchmarks.choices import (
-    Item,
     encode_choices,
-    load_items,
     multiple_choice,
+    score_items,
     summarise_choices,
+    summarise_words,
 )
+from linearize.benchmarks.items import Contexts, Item, LastWord, load_items
 from linearize.errors import LinearizeError
 from tests.tiny_tokenizer import tiny_tokenizer
 

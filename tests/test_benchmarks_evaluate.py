@@ -3,7 +3,6 @@
 import json
 import math
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from linearize.errors import LinearizeError
 from linearize.rows import comparison_rows
 from tests.tiny_tokenizer import tiny_tokenizer
 
-TOKENS = torch.tensor(tiny_tokenizer()("the quick brown fox jumps over the lazy dog, " * 12)["input_ids"])
+TEXTS = {"fox": torch.tensor(tiny_tokenizer()("the quick brown fox jumps over the lazy dog, " * 12)["input_ids"])}
 
 
 def make_model() -> LlamaForCausalLM:
@@ -36,7 +35,10 @@ def make_model() -> LlamaForCausalLM:
 
 def make_options(**changes) -> EvaluateOptions:
     return EvaluateOptions(
-        **({"tokens": 400, "seq_len": 100, "needle_lengths": (150,), "needle_depths": (0.5,)} | changes)
+        **(
+            {"tokens": 400, "contexts": (100,), "needle_lengths": (150,), "needle_depths": (0.5,), "answer_tokens": 8}
+            | changes
+        )
     )
 
 
@@ -46,7 +48,7 @@ def test_converted_rows(tmp_path):
     items.write_text('{"query": "the quick", "choices": ["brown fox", "cheese"], "gold": 0}\n' * 3, encoding="utf-8")
     model = convert(make_model(), LinearizeConfig(window=8, sinks=2))
     rows = comparison_rows(model)
-    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(choices=str(items)))
+    result = evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options(choices=(str(items),)))
     path = write_json(tmp_path / "evaluate.json", result)
     assert read_json(path, "linearize.evaluate") == result
     assert result["rows"] == list(rows)
@@ -69,7 +71,7 @@ def test_converted_rows(tmp_path):
 
 def test_a_window_over_the_whole_text_gives_the_originals_numbers():
     model = convert(make_model(), LinearizeConfig(window=256, sinks=0))
-    result = evaluate_rows(comparison_rows(model), tiny_tokenizer(), TOKENS, make_options())
+    result = evaluate_rows(comparison_rows(model), tiny_tokenizer(), TEXTS, make_options())
     rows = result["perplexity"]["rows"]
     assert rows["student"]["ppl"] == pytest.approx(rows["original"]["ppl"], rel=1e-5)
     assert result["needle"]["rows"]["student"] == result["needle"]["rows"]["original"]
@@ -79,9 +81,9 @@ def test_a_window_over_the_whole_text_gives_the_originals_numbers():
 
 def test_the_row_original_is_the_unconverted_model():
     model = make_model()
-    plain = evaluate_rows({"original": lambda: nullcontext(model)}, tiny_tokenizer(), TOKENS, make_options())
+    plain = evaluate_rows({"original": lambda: nullcontext(model)}, tiny_tokenizer(), TEXTS, make_options())
     rows = comparison_rows(convert(model, LinearizeConfig(window=8)))
-    switched = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options())
+    switched = evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options())
     assert switched["perplexity"]["rows"]["original"] == plain["perplexity"]["rows"]["original"]
 
 
@@ -99,7 +101,7 @@ def test_each_row_is_entered_once_and_left():
         return enter
 
     rows = {"original": row("original"), "control": row("control")}
-    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(needle_lengths=()))
+    result = evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options(needle_lengths=()))
     assert log == ["+original", "-original", "+control", "-control"]
     assert (result["needle"], result["choices"]) == (None, None)
     assert result["perplexity"]["comparisons"] == [
@@ -110,16 +112,16 @@ def test_each_row_is_entered_once_and_left():
 def test_less_text_than_asked_for_is_said():
     model = make_model()
     rows = {"original": lambda: nullcontext(model)}
-    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS[:250], make_options(needle_lengths=()))
-    assert result["notes"] == ["400 tokens were asked for, the held-out text has 250; 200 were used."]
+    result = evaluate_rows(rows, tiny_tokenizer(), {"fox": TEXTS["fox"][:250]}, make_options(needle_lengths=()))
+    assert result["notes"] == ["400 tokens were asked for, the text 'fox' has 250; 200 were used."]
     assert result["perplexity"]["n_sequences"] == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seq_len": 1000, "tokens": 1000}, "do not fill one sequence of 1000"),
-        ({"choices": "nowhere.jsonl"}, "'nowhere.jsonl' is not a file"),
+        ({"contexts": (1000,), "tokens": 1000}, "do not fill one sequence of 1000"),
+        ({"choices": ("nowhere.jsonl",)}, "'nowhere.jsonl' is not a file"),
         ({"needle_lengths": (5000,)}, "needle_lengths: 5000 is longer"),
     ],
 )
@@ -128,27 +130,20 @@ def test_bad_options_are_refused_before_a_row_is_entered(changes, message):
         raise AssertionError("a row was entered")
 
     with pytest.raises(LinearizeError, match=message):
-        evaluate_rows({"original": enter}, tiny_tokenizer(), TOKENS, make_options(**changes))
+        evaluate_rows({"original": enter}, tiny_tokenizer(), TEXTS, make_options(**changes))
 
 
 def test_a_row_named_original_is_needed():
     with pytest.raises(LinearizeError, match=r"rows: \['student'\] have no 'original'"):
-        evaluate_rows({"student": lambda: nullcontext(None)}, tiny_tokenizer(), TOKENS, make_options())
+        evaluate_rows({"student": lambda: nullcontext(None)}, tiny_tokenizer(), TEXTS, make_options())
 
 
 def test_a_broken_row_does_not_stop_the_others():
-    class Broken(torch.nn.Module):
-        config = LlamaConfig(vocab_size=128)
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, input_ids, **kwargs):
-            return SimpleNamespace(logits=torch.full((*input_ids.shape, 128), math.nan))
-
+    broken = make_model()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
     model = make_model()
-    rows = {"original": lambda: nullcontext(model), "student": lambda: nullcontext(Broken())}
-    result = evaluate_rows(rows, tiny_tokenizer(), TOKENS, make_options(needle_lengths=()))
+    rows = {"original": lambda: nullcontext(model), "student": lambda: nullcontext(broken)}
+    result = evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options(needle_lengths=()))
     assert result["perplexity"]["rows"]["student"]["n_not_finite"] == 396
     json.dumps(result, allow_nan=False)

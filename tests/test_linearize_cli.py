@@ -214,7 +214,7 @@ class TestConvert:
 
 
 class TestEvaluate:
-    ARGUMENTS = ("--tokens", "256", "--seq-len", "64", "--needle", "128", "--dtype", "float32")
+    ARGUMENTS = ("--tokens", "256", "--contexts", "64", "--needle", "128", "--answer-tokens", "8", "--dtype", "float32")
 
     def evaluate(self, model: Path, text: Path, out: Path, *more: object) -> dict:
         result = call("evaluate", model, "--text", text, "--out", out, *self.ARGUMENTS, *more)

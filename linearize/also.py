@@ -1,0 +1,99 @@
+"""Rows of a comparison that come from folders of their own, loaded when their turn comes, and what identifies a row."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.benchmarks.work import digest_files
+from linearize.convert import base_model
+from linearize.errors import LinearizeError
+from linearize.models import load_model, load_weights, resolve
+from linearize.rows import CONTROL, WINDOW, Rows
+
+__all__ = ["also_rows", "row_identities"]
+
+PEFT_FILE = "adapter_config.json"
+
+
+def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtype: torch.dtype, device: str) -> Rows:
+    """Rows of other students, `NAME=FOLDER` each. One is in memory only while it is measured.
+
+    Args:
+        given: a folder holds a student, whole or an adapter, or the LoRA of a control, which goes on the original.
+        taken: names that rows have already.
+        base: the original, for adapters.
+        dtype, device: of all rows.
+
+    Raises:
+        LinearizeError: not NAME=FOLDER, a name twice, or a folder that holds neither.
+    """
+    names = set(taken)
+    rows: Rows = {}
+    for text in given:
+        name, _, folder = (part.strip() for part in text.partition("="))
+        if not name or not folder:
+            raise LinearizeError(f"also: {text!r} is not NAME=FOLDER; write for example 'other=runs/other/student'")
+        if name in names:
+            raise LinearizeError(f"also: there is a row {name!r} already; give {folder!r} another name")
+        names.add(name)
+        lora = (Path(folder) / PEFT_FILE).is_file()
+        if not lora and resolve(folder).kind not in ("adapter", "student"):
+            raise LinearizeError(f"also: {folder!r} holds neither a student nor a LoRA; give the folder of one")
+        if lora and base is None:
+            raise LinearizeError(f"also: the LoRA in {folder!r} needs its original; name that with --base")
+        rows[name] = _loader(folder, base, lora, dtype, device)
+    return rows
+
+
+def _loader(folder: str, base: str | None, lora: bool, dtype: torch.dtype, device: str) -> Any:
+    @contextmanager
+    def enter() -> Iterator[Any]:
+        if lora:
+            from peft import PeftModel
+
+            yield PeftModel.from_pretrained(load_weights(str(base), dtype, device), folder).eval()
+        else:
+            adapter = resolve(folder).kind == "adapter"
+            yield load_model(folder, dtype, device, base=base if adapter else None, merge=False)[0]
+
+    return enter
+
+
+def row_identities(
+    rows: Iterable[str], model: Any, original: str, name: str, run: Path | None, also: Iterable[str]
+) -> dict[str, Any]:
+    """What each row's numbers depend on, for `linearize.benchmarks.work.Work`: names and digests of files.
+
+    Args:
+        rows: their names, as `comparison_rows` and `also_rows` give them.
+        model: the model that `comparison_rows` was called with.
+        original: the original's name.
+        name: the name of the student, or of the original where there is none.
+        run: the folder of its run, where the rows trained beside it are.
+        also: as given to `also_rows`.
+    """
+    inner = base_model(model)
+    shared = {"original": original, "dtype": str(inner.dtype), "device": inner.device.type}
+    conversion = dict(inner.config.linearize)
+    beside = {"control": CONTROL, "window + sinks, trained": WINDOW}
+    folders = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in also}
+    found: dict[str, Any] = {}
+    for row in rows:
+        if row == "original":
+            found[row] = shared
+        elif row in folders:
+            found[row] = shared | {"folder": digest_files(Path(folders[row]))}
+        elif row == "window + sinks":
+            # The mixer is not used; where it is the only difference, the row is the same one.
+            near = {key: conversion[key] for key in ("window", "sinks", "softmax_layers")}
+            found[row] = shared | {"near": near}
+        elif row in beside:
+            assert run is not None
+            found[row] = shared | {"folder": digest_files(run / beside[row]), "conversion": conversion}
+        else:
+            student = digest_files(Path(name)) if Path(name).is_dir() else name
+            found[row] = shared | {"student": student, "row": row}
+    return found
