@@ -35,7 +35,7 @@ def wants_sharding() -> bool:
         raise LinearizeError("accelerate: FSDP version 1 is not supported; add --fsdp_version 2")
     for name, instead in (
         ("OFFLOAD_PARAMS", "launch more processes, or use a smaller batch_size"),
-        ("ACTIVATION_CHECKPOINTING", "set gradient_checkpointing in the recipe's distill stage"),
+        ("ACTIVATION_CHECKPOINTING", "set checkpointing in the recipe's distill stage"),
     ):
         if os.environ.get(f"FSDP_{name}", "false").lower() == "true":
             raise LinearizeError(f"accelerate: fsdp_{name.lower()} is not supported; leave it off, and {instead}")
@@ -70,7 +70,7 @@ def shard_frozen(model: Any) -> None:
     family = family_of(base.config)
     decoder = base.get_submodule(family.layers.rpartition(".")[0])
     layers = base.get_submodule(family.layers)
-    # Frozen weights stay what they are, and sharded ones cannot be looked into.
+    # Sharded weights are not to be looked into; frozen, they stay what they are.
     base._linearize_sharded_sample = weight_sample(base)
     added = {id(p) for p in added_parameters(base).values()}
     whole = {p for name, p in base.named_parameters() if p.requires_grad or id(p) in added or ".lora_" in name}
