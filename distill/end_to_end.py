@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, state_off, switch_of
 from linearize.distill.data import Batch, TokenStream, model_inputs
-from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses
+from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses, rows_of
 from linearize.distill.loop import Outcome, StepLosses, train
-from linearize.distill.options import DistillOptions
+from linearize.distill.options import DistillOptions, ExtendOptions
+from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
 from linearize.distill.transfer import mix_lr_scale
 from linearize.errors import LinearizeError
@@ -76,7 +77,6 @@ def run_distill(
     """
     switch_of(model)  # an error of its own where nothing is converted
     stage = stage or STAGE_OF[role]
-    device = base_model(model).get_input_embeddings().weight.device
     lora = options.train == "lora"
     if role != STUDENT and not lora:
         raise LinearizeError(
@@ -94,13 +94,16 @@ def run_distill(
     else:
         parameters = _chosen(model, options.train)
         frozen = copy.deepcopy(model)
+        shard_frozen(frozen)
         teacher = lambda: _untrained(frozen)  # noqa: E731
     added = added_parameters(model)
-    if role == STUDENT:
+    if role == STUDENT and options.mixer_lr:
         known = {id(p) for p in parameters.values()}
         parameters |= {n: p for n, p in added.items() if id(p) not in known}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    shard_frozen(model)
+    device = base_model(model).get_input_embeddings().weight.device
     cache = None
     if options.teacher_cache is not None and options.top_k is not None:
         cache = TeacherCache(options.teacher_cache, model, options.top_k, options.temperature)
@@ -110,10 +113,16 @@ def run_distill(
             return original_attention(model)
         return state_off(model) if role == WINDOW else window_dropout(model, batch, options.window_dropout)
 
+    segment = options.segment if isinstance(options, ExtendOptions) else None
+
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
-        losses = distill_losses(model, teacher, batch, options, trained(batch), cache)
-        backward(losses["loss"])
-        return {key: x.detach() for key, x in losses.items()}
+        told = _teach(teacher, batch, options, cache) if options.kl_weight else None
+        sums: StepLosses = {}
+        with trained(batch), _checkpointing(model, options.checkpointing):
+            for losses in distill_losses(model, told, batch, options, segment):
+                backward(losses["loss"])
+                sums = {key: sums.get(key, 0.0) + x.detach() for key, x in losses.items()}
+        return sums
 
     outcome = train(
         stage,
@@ -134,35 +143,93 @@ def run_distill(
 
 
 def distill_losses(
-    model: Any,
-    teacher: Callable[[], AbstractContextManager[Any]],
-    batch: Batch,
-    options: DistillOptions,
-    student: AbstractContextManager[Any],
-    cache: TeacherCache | None = None,
-) -> dict[str, Tensor]:
-    """`loss` = kl_weight * `kl` + ce_weight * `ce`, each a mean over the tokens that count: see `logit_losses`.
+    model: Any, teacher: Tensor | Listed | None, batch: Batch, options: DistillOptions, segment: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """`loss` = kl_weight * `kl` + ce_weight * `ce` of a batch, each a mean over the tokens that count.
 
     Without `loss_mask` every real token's prediction is compared with the teacher's, and every token that follows
     another of its document is scored. With it, only predictions of tokens that it marks count.
+
+    Args:
+        model: in the role that learns.
+        teacher: the teacher's side of all positions (B * T), as in `logit_losses`; None where kl_weight is 0.
+        batch: rows of tokens.
+        options: weights and temperature.
+        segment: as in `ExtendOptions`; None is the whole row.
+
+    Yields:
+        One segment after the other, what it adds to the batch's losses; the next begins when it has been
+        back-propagated.
+
+    Raises:
+        LinearizeError: segments of rows that hold several documents.
     """
     inputs = model_inputs(batch)
-    compared, scored = (x.flatten() for x in counted_rows(batch))
-    told = _teach(teacher, batch, options, cache) if options.kl_weight else None
-    with student:
-        logits = model(**inputs, use_cache=False).logits
-    following = batch["input_ids"].roll(-1, dims=1).flatten()
-    loss, terms = logit_losses(
-        logits.flatten(0, 1),
-        teacher=told,
-        compared=compared,
-        tokens=following if options.ce_weight else None,
-        scored=scored,
-        kl_weight=options.kl_weight,
-        ce_weight=options.ce_weight,
-        temperature=options.temperature,
-    )
-    return {"loss": loss} | terms
+    rows, length = batch["input_ids"].shape
+    segment = segment or length
+    if segment < length and "position_ids" in inputs:
+        raise LinearizeError(
+            f"segment: {segment} in rows of {length} tokens that hold several documents; give one document a row "
+            "(packing: document), or set segment to null"
+        )
+    counted = counted_rows(batch)
+    following = batch["input_ids"].roll(-1, dims=1)
+    places = torch.arange(rows * length, device=following.device).view(rows, length)
+    past = None
+    for start in range(0, length, segment):
+        part = slice(start, start + segment)
+        if segment < length:
+            mask = inputs.get("attention_mask")
+            said = model(
+                input_ids=batch["input_ids"][:, part],
+                attention_mask=None if mask is None else mask[:, : part.stop],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past = _without_gradient(said.past_key_values)
+        else:
+            said = model(**inputs, use_cache=False)
+        compared, scored = (x[:, part].flatten() for x in counted)
+        kl_share, ce_share = (x[:, part].sum() / x.sum().clamp_min(1) for x in counted)
+        loss, terms = logit_losses(
+            said.logits.flatten(0, 1),
+            teacher=teacher if segment >= length else rows_of(teacher, places[:, part].flatten()),
+            compared=compared,
+            tokens=following[:, part].flatten() if options.ce_weight else None,
+            scored=scored,
+            kl_weight=options.kl_weight * kl_share,
+            ce_weight=options.ce_weight * ce_share,
+            temperature=options.temperature,
+        )
+        shares = {"kl": kl_share, "ce": ce_share}
+        yield {"loss": loss} | {key: x * shares[key] for key, x in terms.items()}
+
+
+def _without_gradient(cache: Any) -> Any:
+    """The cache cut off from the segment that filled it. Converted layers keep no gradient by themselves."""
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return cache
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Inside, layers keep only their inputs. transformers asks for training mode; dropout stays as it was."""
+    if not wanted:
+        yield
+        return
+    base = base_model(model)
+    before = {module: module.training for module in base.modules()}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in before:
+        module.training = module.training or hasattr(module, "gradient_checkpointing")
+    try:
+        yield
+    finally:
+        base.gradient_checkpointing_disable()
+        for module, mode in before.items():
+            module.training = mode
 
 
 @contextmanager
@@ -279,10 +346,4 @@ def _chosen(model: Any, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
                 f"stages: train pattern {pattern!r} matches no parameter; names look like {next(iter(names))!r}"
             )
         chosen |= matched
-    half = [name for name, p in chosen.items() if p.dtype in (torch.float16, torch.bfloat16)]
-    if half:
-        raise LinearizeError(
-            f"stages: {half[0]!r} is {names[half[0]].dtype}, which swallows small updates; set dtype to float32, or "
-            "train with lora"
-        )
     return chosen

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Listed", "kl_divergence", "list_likeliest", "logit_losses"]
+__all__ = ["Listed", "kl_divergence", "list_likeliest", "logit_losses", "rows_of"]
 
 ROWS_AT_ONCE = 128  # rows whose logits are in float32 at a time
 LEAST_REST = 1e-7  # of probability, outside the listed tokens: keeps its logarithm finite
@@ -38,8 +38,8 @@ def logit_losses(
     compared: Tensor | None = None,
     tokens: Tensor | None = None,
     scored: Tensor | None = None,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    kl_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """kl_weight * `kl` + ce_weight * `ce`, and both terms detached.
@@ -95,6 +95,13 @@ def kl_divergence(logits: Tensor, teacher_logits: Tensor, top_k: int | None, tem
     return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
 
 
+def rows_of(teacher: Tensor | Listed | None, rows: Tensor) -> Any:
+    """Some rows of a teacher's side, by their indices."""
+    if isinstance(teacher, Listed):
+        return Listed(teacher.log_p[rows], teacher.index[rows])
+    return None if teacher is None else teacher[rows]
+
+
 class _LogitLosses(torch.autograd.Function):
     """(loss, kl, ce); the first has the gradient, computed on the way forward."""
 
@@ -106,7 +113,7 @@ class _LogitLosses(torch.autograd.Function):
         compared: Tensor,
         tokens: Tensor | None,
         scored: Tensor,
-        weights: tuple[float, float, float],
+        weights: tuple[float | Tensor, float | Tensor, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         kl_weight, ce_weight, temperature = weights
         gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
@@ -117,7 +124,7 @@ class _LogitLosses(torch.autograd.Function):
             z = logits[rows].float()
             slope = torch.zeros_like(z)
             if teacher is not None:
-                value, change = _divergence(z, _rows_of(teacher, rows), temperature)
+                value, change = _divergence(z, rows_of(teacher, rows), temperature)
                 kl += (value * kl_share[rows]).sum()
                 slope = change.mul_((kl_weight * kl_share[rows])[:, None])
             if tokens is not None:
@@ -135,12 +142,6 @@ class _LogitLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None, None
-
-
-def _rows_of(teacher: Tensor | Listed, rows: Tensor) -> Tensor | Listed:
-    if isinstance(teacher, Listed):
-        return Listed(teacher.log_p[rows], teacher.index[rows])
-    return teacher[rows]
 
 
 def _divergence(z: Tensor, teacher: Tensor | Listed, temperature: float) -> tuple[Tensor, Tensor]:

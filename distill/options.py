@@ -11,6 +11,7 @@ __all__ = [
     "DataOptions",
     "DistillOptions",
     "EvaluateOptions",
+    "ExtendOptions",
     "Source",
     "TransferOptions",
 ]
@@ -126,7 +127,8 @@ class TransferOptions(Record):
         objective: `"decomposed"`: state and mix each have their own target. `"output"`: error of the layer's output.
             `"weights"`: KL of the teacher's attention weights from the student's. `"hidden"`: error of what the layer
             adds to the hidden states, after its output projection.
-        calibrate: whether the mixes are first set in closed form from one batch; without, they start as converted.
+        calibration_tokens: mixers and mixes are first fitted to about so many of the stage's first tokens, whole
+            batches of them, from one forward pass; 0 leaves them as converted.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
@@ -136,7 +138,7 @@ class TransferOptions(Record):
 
     budget: Budget = field(metadata=_BUDGET_HINT)
     objective: Literal["decomposed", "output", "weights", "hidden"] = "decomposed"
-    calibrate: bool = True
+    calibration_tokens: int = option(4096, least=0)
     local_steps: int = option(1, least=1)
     lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)
@@ -164,6 +166,8 @@ class DistillOptions(Record):
         lora_rank: rank of the LoRA matrices.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
         lora_targets: names of the modules that get LoRA.
+        checkpointing: keep only the layers' inputs for the backward pass and compute the rest again: less memory, about
+            a third more time.
         checkpoint_minutes: minutes between checkpoints.
         log_every: steps between lines of the log.
     """
@@ -182,6 +186,7 @@ class DistillOptions(Record):
     lora_rank: int = option(8, least=1)
     lora_alpha: float = option(16.0, above=0)
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    checkpointing: bool = False
     checkpoint_minutes: float = option(2.0, above=0)
     log_every: int = option(10, least=1)
 
@@ -195,6 +200,36 @@ class DistillOptions(Record):
             raise RecipeError("train", "the list is empty; write lora, or patterns such as '*.self_attn.*'")
         if self.train == "lora" and not self.lora_targets:
             raise RecipeError("lora_targets", "the list is empty; name at least one module, e.g. q_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendOptions(DistillOptions):
+    """The distill stage at longer context, one document a row.
+
+    Attributes:
+        seq_len: tokens a row, instead of the data's.
+        segment: truncated state passing: the student reads a row in segments of so many tokens, each from what the
+            ones before left in state and window; gradients stay inside a segment, and so does the memory that they
+            need. `None` reads the row at once.
+    """
+
+    seq_len: int = option(4096, least=2)
+    segment: int | None = option(1024, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segment is not None and self.window_dropout:
+            raise RecipeError(
+                "window_dropout",
+                f"{self.window_dropout} with segment {self.segment}: what a segment leaves depends on the window; set "
+                "window_dropout to 0, or segment to null",
+            )
+        if self.segment is not None and self.checkpointing:
+            raise RecipeError(
+                "checkpointing",
+                f"true with segment {self.segment}: a layer computed again would find a state that has moved on; "
+                "shorter segments save as much, or set segment to null",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

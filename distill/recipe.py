@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import yaml
 
-from linearize.config import LinearizeConfig
+from linearize.config import TAUGHT_MIXERS, LinearizeConfig
 from linearize.distill.options import (
     BenchOptions,
     Budget,
     DataOptions,
     DistillOptions,
     EvaluateOptions,
+    ExtendOptions,
     Source,
     TransferOptions,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "DataOptions",
     "DistillOptions",
     "EvaluateOptions",
+    "ExtendOptions",
     "Recipe",
     "RecipeError",
     "Source",
@@ -49,6 +51,7 @@ Stage = tuple[str, TransferOptions | DistillOptions]
 STAGES: dict[str, type[TransferOptions] | type[DistillOptions]] = {
     "transfer": TransferOptions,
     "distill": DistillOptions,
+    "extend": ExtendOptions,
 }
 
 
@@ -115,17 +118,18 @@ class Recipe(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, (name, options) in enumerate(self.stages):
-            end_to_end = sum(kind == "distill" for kind, _ in self.stages)
+            end_to_end = sum(isinstance(other, DistillOptions) for _, other in self.stages)
             if isinstance(options, DistillOptions) and options.train != "lora" and end_to_end > 1:
                 raise RecipeError(
-                    f"stages[{index}].distill.train",
-                    f"{list(options.train)} beside another distill stage, whose result would become the teacher; give "
-                    "one distill stage, or train lora in all",
+                    f"stages[{index}].{name}.train",
+                    f"{list(options.train)} beside another end-to-end stage, whose result would become the teacher; "
+                    "give one such stage, or train lora in all",
                 )
-            if name == "transfer" and self.convert.mixer == "none":
+            if name == "transfer" and self.convert.mixer not in TAUGHT_MIXERS:
+                why = "no state" if self.convert.mixer == "none" else "no far side of its own"
                 raise RecipeError(
                     f"stages[{index}]",
-                    "transfer teaches the state, and convert.mixer 'none' has no state; remove the stage",
+                    f"transfer teaches the state, and convert.mixer {self.convert.mixer!r} has {why}; remove the stage",
                 )
 
     def to_dict(self) -> dict[str, Any]:

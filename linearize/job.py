@@ -29,7 +29,7 @@ from linearize.convert import convert, is_converted
 from linearize.distill.data import TokenStream, build_stream
 from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
-from linearize.distill.options import Budget, DistillOptions
+from linearize.distill.options import Budget, DistillOptions, ExtendOptions
 from linearize.distill.recipe import Recipe, dump_recipe
 from linearize.distill.transfer import run_transfer
 from linearize.errors import LinearizeError
@@ -162,21 +162,27 @@ class Job:
                 model.set_adapter(STUDENT)
         return model
 
-    def _stream(self, model: Any) -> TokenStream:
-        """The training text from its start; where the recipe says so, `model` has written some of it."""
+    def _stream(self, model: Any, seq_len: int | None = None) -> TokenStream:
+        """The training text from its start; where the recipe says so, `model` has written some of it.
+
+        With `seq_len` the rows are that long, of one document each.
+        """
+        data = self.recipe.data
+        if seq_len is not None:
+            data = replace(data, seq_len=seq_len, packing="document")
         teacher = comparison_rows(model)["original"]() if is_converted(model) else nullcontext(model)
         with teacher:
-            return build_stream(
-                self.recipe.data, self._tokenizer, self.recipe.seed, teacher=model, cache_dir=self.folder / "texts"
-            )
+            return build_stream(data, self._tokenizer, self.recipe.seed, teacher=model, cache_dir=self.folder / "texts")
 
     def _student(self) -> Path:
         model, _ = load_model(self.recipe.model, self._dtype)
         stream = self._stream(model)
         torch.manual_seed(self.recipe.seed)
         convert(model, self.recipe.convert)
+        short = stream
         for index, (stage, options) in enumerate(self.stages):
-            # The control reads on from the same place.
+            stream = self._stream(model, options.seq_len) if isinstance(options, ExtendOptions) else short
+            # Those trained beside the student read on from the same place.
             self._progress["streams"].setdefault(stage, stream.state_dict())
             self._write_progress()
             torch.manual_seed(self.recipe.seed + index)  # new weights do not depend on whether a run was cut in two
@@ -205,12 +211,13 @@ class Job:
     def _trained_beside(self, role: str) -> Path:
         """The end-to-end stages once more for another role: the same text, steps and settings."""
         model = self._model
-        stream = self._stream(model)
         for index, (stage, options) in enumerate(self.stages):
             if isinstance(options, DistillOptions):
+                stream = self._stream(model, options.seq_len if isinstance(options, ExtendOptions) else None)
                 stream.load_state_dict(self._progress["streams"][stage])
                 torch.manual_seed(self.recipe.seed + index)
-                name = stage.replace("distill", STAGE_OF[role])
+                name = stage.replace("distill", STAGE_OF[role])  # control, control-2; beside extend control-extend
+                name = f"{STAGE_OF[role]}-{stage}" if name == stage else name
                 # The student's steps, not its minutes: the original is faster, and would see more text in them.
                 options = replace(options, budget=Budget(steps=self._progress["steps"][stage]))
                 shared = {"accumulation": self.recipe.gradient_accumulation}
@@ -264,7 +271,7 @@ def _named(recipe: Recipe) -> list[tuple[str, Any]]:
     """The stages with a name each for logs and checkpoints: transfer, distill, distill-2, ..."""
     named: list[tuple[str, Any]] = []
     for kind, options in recipe.stages:
-        count = 1 + sum(isinstance(other, type(options)) for _, other in named)
+        count = 1 + sum(type(other) is type(options) for _, other in named)
         if count > 1 and kind == "transfer":
             raise LinearizeError("stages: transfer is listed twice; give it once, with the sum of the budgets")
         named.append((kind if count == 1 else f"{kind}-{count}", options))

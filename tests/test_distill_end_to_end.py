@@ -1,7 +1,5 @@
 """End-to-end distillation: its losses, its teacher, what it trains, and the control."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from linearize.distill.end_to_end import (
     window_dropout,
 )
 from linearize.distill.logit_losses import ROWS_AT_ONCE, logit_losses
-from linearize.distill.options import Budget, DistillOptions
+from linearize.distill.options import Budget, DistillOptions, ExtendOptions
 from tests.tiny_models import make_model, make_student, make_tokens
 from tests.tiny_training import TokenRows, log_lines
 
@@ -67,8 +65,10 @@ def taught(monkeypatch):
 
 class TestLosses:
     def losses(self, student, batch, **changes):
-        # More rows than are in float32 at a time.
-        return distill_losses(student, lambda: original_attention(student), batch, options(**changes), nullcontext())
+        given = options(**changes)
+        told = end_to_end._teach(lambda: original_attention(student), batch, given, None) if given.kl_weight else None
+        (losses,) = distill_losses(student, told, batch, given)
+        return losses
 
     @pytest.mark.parametrize("padded", [None, [0, 9, 20, 61]])
     def test_formulas(self, padded):
@@ -94,10 +94,7 @@ class TestLosses:
         student, batch = make_student("llama", "normalizer"), TokenRows(1, 40).at(0)
         assert self.losses(student, batch).keys() == {"loss", "kl"}
 
-        def no_teacher():
-            raise AssertionError("cross-entropy asks no teacher")
-
-        losses = distill_losses(student, no_teacher, batch, options(kl_weight=0.0, ce_weight=1.0), nullcontext())
+        losses = self.losses(student, batch, kl_weight=0.0, ce_weight=1.0)
         assert losses.keys() == {"loss", "ce"}
         assert losses["loss"] == losses["ce"]
 
@@ -369,12 +366,11 @@ class TestWindowDropout:
 
     def test_training_draws_and_zero_does_not(self, monkeypatch, tmp_path):
         seen = []
-        train_losses = end_to_end.distill_losses
+        losses = end_to_end.distill_losses
 
-        def record(model, teacher, batch, given, student, cache):
-            with student:
-                seen.append(dict(switch_of(model).windows))
-            return train_losses(model, teacher, batch, given, nullcontext(), cache)
+        def record(model, *args):
+            seen.append(dict(switch_of(model).windows))
+            return losses(model, *args)
 
         monkeypatch.setattr(end_to_end, "distill_losses", record)
         student = make_student("llama", "normalizer")
@@ -382,6 +378,119 @@ class TestWindowDropout:
         assert all(len(windows) == 3 for windows in seen)
         run_distill(make_student("llama", "normalizer"), TokenRows(1, 40), options(2), tmp_path / "b")
         assert seen[-1] == {}
+
+
+def extend(steps=2, **changes):
+    return ExtendOptions(**({"budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4, "seq_len": 96} | changes))
+
+
+class TestExtend:
+    """Truncated state passing: the values of the whole row, gradients inside each segment."""
+
+    def parts(self, student, batch, segment, **changes):
+        given = extend(**changes)
+        told = end_to_end._teach(lambda: original_attention(student), batch, given, None)
+        student.zero_grad()
+        sums = {}
+        for losses in distill_losses(student, told, batch, given, segment):
+            losses["loss"].backward()
+            sums = {key: sums.get(key, 0.0) + x.detach() for key, x in losses.items()}
+        gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        return sums, gradients
+
+    @pytest.mark.parametrize("kept", ["none", [1]])
+    @pytest.mark.parametrize("padded", [None, [0, 25]])
+    @pytest.mark.parametrize("segment", [32, 40])
+    def test_the_values_of_the_whole_row(self, segment, padded, kept):
+        student = convert(make_model("llama"), LinearizeConfig(window=8, sinks=2, softmax_layers=kept))
+        batch = TokenRows(2, 96, padded, "right").at(0)
+        changes = {"ce_weight": 0.5, "top_k": 20}
+        whole, gradients = self.parts(student, batch, None, **changes)
+        parts, truncated = self.parts(student, batch, segment, **changes)
+        for key in whole:
+            torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-5)
+        assert truncated.keys() == gradients.keys()
+        # Truncation is what it says: the gradient is another one, but points the same way.
+        name = "model.layers.0.self_attn.q_proj.weight"
+        a, b = gradients[name].flatten(), truncated[name].flatten()
+        assert not torch.allclose(a, b, rtol=1e-3)
+        assert F.cosine_similarity(a, b, dim=0) > 0.5
+
+    def test_the_gradient_is_that_of_the_segment(self):
+        """The second half alone, its cache filled without gradient."""
+        student = make_student("llama", "normalizer", window=8)
+        batch = TokenRows(1, 96).at(0)
+        tokens, given = batch["input_ids"], extend(kl_weight=0.0, ce_weight=1.0)
+        parts = distill_losses(student, None, batch, given, 48)
+        next(parts)
+        student.zero_grad()
+        next(parts)["loss"].backward()
+        got = student.model.layers[0].self_attn.mixer.key_weight.grad.clone()
+        student.zero_grad()
+        with torch.no_grad():
+            past = student(tokens[:, :48], use_cache=True).past_key_values
+        logits = student(tokens[:, 48:], past_key_values=past).logits
+        (F.cross_entropy(logits[0, :-1], tokens[0, 49:], reduction="sum") / 95).backward()
+        torch.testing.assert_close(got, student.model.layers[0].self_attn.mixer.key_weight.grad, rtol=1e-4, atol=1e-7)
+        assert got.abs().max() > 0
+
+    def test_trains(self, tmp_path):
+        student = convert(make_model("llama"), LinearizeConfig(window=8, sinks=2, softmax_layers=[2]))
+        given = extend(20, segment=32)
+        model, outcome = run_distill(student, OneText(2, 96), given, tmp_path, stage="extend")
+        assert outcome.last["kl"] < 0.6 * outcome.first["kl"]
+        assert outcome.steps == 20
+        _, control = run_distill(model, OneText(2, 96), extend(2, segment=32), tmp_path, role=CONTROL)
+        assert control.first.keys() == {"loss", "ce"}
+
+    def test_several_documents_a_row(self):
+        batch = {"input_ids": make_tokens(1, 16), "position_ids": torch.arange(8).repeat(2)[None]}
+        with pytest.raises(LinearizeError, match=r"segment: 8 in rows of 16 tokens that hold several documents"):
+            next(distill_losses(make_student("llama", "normalizer"), None, batch, extend(), 8))
+
+    @pytest.mark.parametrize("changes", [{"window_dropout": 0.1}, {"checkpointing": True}])
+    def test_what_segments_cannot_have(self, changes):
+        (key,) = changes
+        with pytest.raises(LinearizeError, match=rf"^{key}: .* with segment 1024: .* segment to null"):
+            extend(**changes)
+        extend(segment=None, **changes)
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("role", [STUDENT, CONTROL, WINDOW])
+    def test_the_same_training(self, role, tmp_path, monkeypatch):
+        counts = []
+        original = torch.utils.checkpoint.checkpoint
+        monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: counts.append(1) or original(*a, **k))
+        found = []
+        for wanted in (False, True):
+            given = options(2, checkpointing=wanted, ce_weight=0.5)
+            student = make_student("llama", "normalizer")
+            model, outcome = run_distill(student, TokenRows(2, 40), given, tmp_path / str(wanted), role=role)
+            found.append((outcome.last, {n: x for n, x in snapshot(model).items() if ".lora_" in n}))
+            assert not any(m.training for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        for name, x in found[0][1].items():
+            torch.testing.assert_close(x, found[1][1][name], rtol=1e-4, atol=1e-6)
+
+    def test_keeps_less(self):
+        """Bytes that autograd keeps until the backward pass."""
+
+        def kept(wanted):
+            student, sizes = make_student("llama", "normalizer"), {}
+
+            def pack(x):
+                sizes[x.data_ptr()] = x.nbytes
+                return x
+
+            batch, given = TokenRows(2, 64).at(0), options(kl_weight=0.0, ce_weight=1.0)
+            with end_to_end._checkpointing(student, wanted):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                    (losses,) = distill_losses(student, None, batch, given)
+                losses["loss"].backward()
+            return sum(sizes.values())
+
+        assert kept(True) < 0.5 * kept(False)
 
 
 class TestTeacherCache:
