@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize._version import __version__
+from linearize.cli_select import select
 from linearize.config import MIXERS, MIXES, LinearizeConfig
 from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
 from linearize.errors import LinearizeError
@@ -161,6 +162,9 @@ def convert(
         note("The state is untrained, so quality is poor. This converts the original again and teaches the student:")
         words = ["--model", model, "--set", "data.sources.0.path=texts/*.txt", *_settings(config)]
         note(f"  linearize distill default {shlex.join(words)}")
+
+
+app.command(cls=PlainCommand)(select)
 
 
 @app.command(cls=PlainCommand)

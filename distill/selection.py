@@ -1,0 +1,268 @@
+"""What a layer is worth as softmax: one score a layer, from a few thousand tokens.
+
+Three measurements of the original, on rows without padding. Each compares softmax attention with the free baseline,
+window + sinks, because a state's quality is not known before it is trained:
+
+- `lazy_scores`: the attention mass that falls outside. One forward pass for all layers.
+- `swap_scores`: KL(original || model) when this one layer is converted. Half a forward pass a layer and row.
+- `recall_scores`: how much less likely a number becomes that was said long before, when this one layer is converted.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearize.attention import Observation, Switch
+from linearize.convert import base_model, converted_layers, original_attention
+from linearize.distill.logit_losses import kl_divergence
+from linearize.distill.objectives import FarTarget, first_far_query
+from linearize.distill.transfer import observe
+from linearize.errors import LinearizeError
+from linearize.families import family_of
+
+__all__ = ["Facts", "build_facts", "facts_filler", "lazy_scores", "only_converted", "recall_scores", "swap_scores"]
+
+ROWS_AT_ONCE = 256  # tokens whose logits are in float32 at a time
+LEAD = 16  # tokens of text before the first number and after each: no sink is one of a number's tokens
+PLACES = ("Oslo", "Madrid", "Cairo", "Lima", "Paris", "Tokyo", "Berlin", "Rome")
+FACT = "\nNote: the code for {place} is {number}.\n"
+QUESTION = "\nRecall the note: the code for {place} is"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A text that says some numbers early and repeats them at its end.
+
+    tokens: (1, T) int64; answers: the positions of the numbers' tokens at the end, one list a number.
+    """
+
+    tokens: Tensor
+    answers: tuple[tuple[int, ...], ...]
+
+
+def lazy_scores(model: Any, rows: Sequence[Tensor]) -> dict[int, float]:
+    """The share of attention that converting a layer would cut off: 1 - rho, mean over heads and queries.
+
+    Queries without far keys do not count. LightTransfer calls layers with little of it lazy and converts those.
+
+    Args:
+        model: converted, on any device. Its original attention runs.
+        rows: token ids (B, T), int64, without padding.
+
+    Raises:
+        LinearizeError: rows so short that nothing has left the window.
+    """
+    total: dict[int, float] = {}
+
+    def add(seen: Observation) -> None:
+        target = FarTarget(seen)
+        count = target.counted.sum() * target.far_share.shape[1]
+        share = (target.far_share * target.counted).sum() / count
+        total[seen.layer.layer_idx] = total.get(seen.layer.layer_idx, 0.0) + float(share) / len(rows)
+
+    _check_length(model, rows)
+    for row in rows:
+        observe(model, {"input_ids": row.to(_device(model))}, add)
+    return total
+
+
+def swap_scores(
+    model: Any, rows: Sequence[Tensor], progress: Callable[[int], None] = lambda layer: None
+) -> dict[int, float]:
+    """KL(original || model with this one layer converted), mean over all tokens, in nats.
+
+    The original's run of a row is kept layer by layer, (T, hidden) each, and goes on from the layer that changes.
+
+    Args:
+        model: converted; mixer `"none"` measures against window + sinks, another one with the state it has.
+        rows: as above; one row is in memory at a time.
+        progress: called with every layer that has been measured on a row.
+
+    Raises:
+        LinearizeError: rows so short that nothing has left the window.
+    """
+    _check_length(model, rows)
+    total = dict.fromkeys(converted_layers(model), 0.0)
+    head = base_model(model).get_output_embeddings()
+
+    def score(layer: int, original: Tensor, changed: Tensor) -> None:
+        pairs = zip(original.flatten(0, 1).split(ROWS_AT_ONCE), changed.flatten(0, 1).split(ROWS_AT_ONCE), strict=True)
+        divergence = sum(float(kl_divergence(head(new), head(old), None, 1.0).sum()) for old, new in pairs)
+        total[layer] += divergence / (original.shape[0] * original.shape[1]) / len(rows)
+        progress(layer)
+
+    for row in rows:
+        _swap_each(model, row, score)
+    return total
+
+
+def recall_scores(
+    model: Any, texts: Sequence[Facts], progress: Callable[[int], None] = lambda layer: None
+) -> dict[int, float]:
+    """How many nats a token a repeated number becomes less likely when this one layer is converted.
+
+    Perplexity hardly notices the few layers that fetch a token from far back, because ordinary text seldom asks.
+    Mean over the numbers' tokens; below 0 where the number becomes likelier.
+
+    Args: as in `swap_scores`, with texts from `build_facts`.
+    """
+    _check_length(model, [text.tokens for text in texts])
+    total = dict.fromkeys(converted_layers(model), 0.0)
+    head = base_model(model).get_output_embeddings()
+
+    def measure(text: Facts) -> None:
+        answers = torch.tensor([position for answer in text.answers for position in answer], device=_device(model))
+        wanted = text.tokens.to(answers.device)[0, answers]
+
+        def score(layer: int, original: Tensor, changed: Tensor) -> None:
+            before, after = (F.cross_entropy(head(x[0, answers - 1]).float(), wanted) for x in (original, changed))
+            total[layer] += float(after - before) / len(texts)
+            progress(layer)
+
+        _swap_each(model, text.tokens, score)
+
+    for text in texts:
+        measure(text)
+    return total
+
+
+def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int = 4, seed: int = 0) -> list[Facts]:
+    """Texts of which each says `count` five-digit numbers, goes on for `gap` tokens and asks for all of them.
+
+    Args:
+        tokenizer: the model's.
+        tokens: (n,) int64, ordinary text, of which each text takes its own stretch.
+        gaps: tokens between the last number and the first question, one text each.
+        count: 1 to 8.
+        seed: of numbers, places and their order.
+
+    Raises:
+        LinearizeError: less text than the gaps take.
+    """
+    draw = random.Random(seed)
+    needed = facts_filler(gaps, count)
+    if len(tokens) < needed:
+        raise LinearizeError(
+            f"text: {len(tokens)} tokens are less than the {needed} between numbers and questions; give more text"
+        )
+    filler = iter(tokens.tolist())
+    texts = []
+    for gap in gaps:
+        places = draw.sample(PLACES, count)
+        numbers = [str(number) for number in draw.sample(range(10_000, 100_000), count)]
+        ids = [next(filler) for _ in range(LEAD)]
+        for place, number in zip(places, numbers, strict=True):
+            ids += _encode(tokenizer, FACT.format(place=place, number=number))
+            ids += [next(filler) for _ in range(LEAD)]
+        ids += [next(filler) for _ in range(gap)]
+        answers = []
+        for place, number in draw.sample(list(zip(places, numbers, strict=True)), count):
+            question = QUESTION.format(place=place)
+            # Encoded as a whole, since a tokenizer may join the question's end with the number's start.
+            whole, start = _encode(tokenizer, f"{question} {number}"), _shared(tokenizer, question, number)
+            answers.append(tuple(range(len(ids) + start, len(ids) + len(whole))))
+            ids += whole
+        texts.append(Facts(torch.tensor([ids]), tuple(answers)))
+    return texts
+
+
+def facts_filler(gaps: Sequence[int], count: int = 4) -> int:
+    """How many tokens of ordinary text `build_facts` takes."""
+    return sum(gap + LEAD * (count + 1) for gap in gaps)
+
+
+@contextmanager
+def only_converted(model: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, of a converted model these layers are converted and all others run their original attention.
+
+    For whole rows without padding and without a cache.
+
+    Raises:
+        LinearizeError: a layer that is not among the converted ones.
+    """
+    known = converted_layers(model)
+    for index in layers:
+        if index not in known:
+            raise LinearizeError(f"layers: {index} is not converted; the converted ones are {sorted(known)}")
+    with original_attention(model):
+        shared = {index: known[index].switch for index in layers}
+        for index in layers:
+            known[index].switch = Switch()
+        try:
+            yield
+        finally:
+            for index, switch in shared.items():
+                known[index].switch = switch
+
+
+def _swap_each(model: Any, tokens: Tensor, score: Callable[[int, Tensor, Tensor], None]) -> None:
+    """`score(layer, original's final hidden states, the changed model's)` for every converted layer."""
+    decoder, layers = _decoder(model)
+    inputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    tokens = tokens.to(_device(model))
+    try:
+        with torch.no_grad(), original_attention(model):
+            original = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for index in converted_layers(model):
+        with torch.no_grad(), only_converted(model, [index]), _resumed(layers, index, inputs[index]):
+            changed = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            score(index, original, changed)
+
+
+@contextmanager
+def _resumed(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, the decoder starts its work at layer `first`, with this input: earlier layers hand it through."""
+    before = [vars(layer).get("forward") for layer in layers[:first]]
+    for layer in layers[:first]:
+        vars(layer)["forward"] = lambda *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before):  # a dispatched model has forwards of its own on its layers
+            vars(layer).pop("forward") if forward is None else vars(layer).update(forward=forward)
+
+
+def _decoder(model: Any) -> tuple[Any, nn.ModuleList]:
+    base = base_model(model)
+    path = family_of(base.config).layers
+    return base.get_submodule(path.rpartition(".")[0]), base.get_submodule(path)
+
+
+def _device(model: Any) -> torch.device:
+    return base_model(model).get_input_embeddings().weight.device
+
+
+def _check_length(model: Any, rows: Sequence[Tensor]) -> None:
+    config = next(iter(converted_layers(model).values())).linearize_config
+    needed, shortest = first_far_query(config), min(row.shape[1] for row in rows)
+    if shortest <= needed:
+        raise LinearizeError(
+            f"seq_len: in rows of {shortest} tokens nothing has left a window of {config.window} (two chunks) and "
+            f"{config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
+        )
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _shared(tokenizer: Any, question: str, number: str) -> int:
+    """How many leading tokens two answers to one question have in common: the number itself starts there."""
+    other = str(99_999 - int(number)).zfill(len(number))  # differs in every digit
+    one, two = (_encode(tokenizer, f"{question} {x}") for x in (number, other))
+    return next((n for n, (x, y) in enumerate(zip(one, two)) if x != y), min(len(one), len(two)))
