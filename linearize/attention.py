@@ -12,6 +12,7 @@ from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry
 from linearize.kernels.near_far import MIXERS, Mixer, near_far_attention
+from linearize.kernels.near_far.documents import Documents
 from linearize.kernels.near_far.mixers import accumulation_dtype, full_precision
 
 __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
@@ -22,7 +23,7 @@ class Observation:
     """What one converted layer saw in a forward pass of the original: the material of attention transfer.
 
     q: (B, H, T, D), k: (B, K, T, D), after norms and rotary embedding; v: (B, K, T, V); mask: (B, T) bool, true for
-    real tokens, or None where all are.
+    real tokens, or None where all are; documents: where several documents lie in a row, or None.
     """
 
     layer: "ConvertedAttention"
@@ -30,6 +31,7 @@ class Observation:
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    documents: Documents | None = None
 
 
 @dataclass
@@ -57,17 +59,26 @@ class Mix(nn.Module):
     cannot follow it. For keys of mean mu and covariance C its logarithm is, to second order, scale q.mu + scale^2
     q.C q / 2 and a constant: the linear part is what this adds.
 
-    weight: (H, D), bias: (H,), float32; both 0 at the start.
+    weight: (H, D), 0 at the start, or None for a constant a head; bias: (H,), `start` at the start. Both float32.
     """
 
-    def __init__(self, heads: int, head_dim: int):
+    def __init__(self, heads: int, head_dim: int, start: float = 0.0, of_query: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, head_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.start = start
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, dtype=torch.float32)) if of_query else None
+        self.bias = nn.Parameter(torch.full((heads,), start, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Back to the start."""
+        if self.weight is not None:
+            nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
 
     def forward(self, q: Tensor) -> Tensor:
-        """q: (B, H, T, D) -> (B, H, T)."""
+        """q: (B, H, T, D) -> (B, H, T); (H,) where the query has no say."""
         dtype = accumulation_dtype(q)
+        if self.weight is None:
+            return self.bias.to(dtype)
         return (q.to(dtype) @ self.weight.to(dtype)[..., None]).squeeze(-1) + self.bias.to(dtype)[:, None]
 
 
@@ -113,8 +124,11 @@ class ConvertedAttention(nn.Module):
         mixer_class = MIXERS[config.mixer]
         if mixer_class is not None:
             with torch.device(self.q_proj.weight.device):
-                self.mixer = mixer_class(geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim)
-                self.mix = Mix(geometry.heads, geometry.head_dim)
+                scale = {} if config.feature_scale is None else {"scale": config.feature_scale}
+                sizes = geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim
+                self.mixer = mixer_class(*sizes, **scale)
+                if config.mix_input != "fixed":
+                    self.mix = Mix(geometry.heads, geometry.head_dim, config.mix_start, config.mix_input == "query")
 
     @property
     def original(self) -> nn.Module:
@@ -131,11 +145,10 @@ class ConvertedAttention(nn.Module):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        """The untrained start: the mixer's own, and a mix of 0."""
-        if self.mixer is not None and self.mix is not None:
-            self.mixer.reset_parameters()
-            nn.init.zeros_(self.mix.weight)
-            nn.init.zeros_(self.mix.bias)
+        """The untrained start: the mixer's own, and the config's mix."""
+        for module in (self.mixer, self.mix):
+            if module is not None:
+                module.reset_parameters()
 
     def forward(
         self,
@@ -144,18 +157,22 @@ class ConvertedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         near_far_mask: Tensor | None = None,
+        near_far_documents: Documents | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states (B, T, hidden) -> (B, T, hidden), None.
 
-        near_far_mask: (B, T) bool, true for real tokens; None where all are real. `attention_mask` is the original's
+        near_far_mask: (B, T) bool, true for real tokens; None where all are real. near_far_documents: where several
+        documents lie in a row; each is a sequence of its own. `attention_mask` is the original's
         4-D mask and is used only when the conversion is off.
         """
         if not self.switch.converted:
             if self.switch.observer is not None:
-                q, k, v = self._project(hidden_states, position_embeddings)
+                q, k, v = self._project(hidden_states)
+                q, k = self._rotate(position_embeddings, q, k)
                 with full_precision(q):
-                    self.switch.observer(Observation(self, q.to(v.dtype), k.to(v.dtype), v, near_far_mask))
+                    seen = Observation(self, q.to(v.dtype), k.to(v.dtype), v, near_far_mask, near_far_documents)
+                    self.switch.observer(seen)
             return self.original(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -163,15 +180,29 @@ class ConvertedAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = self._project(hidden_states, position_embeddings)
+        q, k, v = self._project(hidden_states)
+        plain = q, k
+        q, k = self._rotate(position_embeddings, q, k)
         # Under autocast the rotary embedding widens what the projections narrowed.
         q, k = q.to(v.dtype), k.to(v.dtype)
         with full_precision(q):
-            out = self._attend(q, k, v, past_key_values, near_far_mask)
+            logit = self.mix_logit(q)
+            if self.mixer is not None and not self.mixer.rotary:
+                q, k = (torch.cat([x, y.to(x.dtype)], dim=-1) for x, y in zip((q, k), plain, strict=True))
+            out = self._attend(q, k, v, logit, past_key_values, near_far_mask, near_far_documents)
         out = out.transpose(1, 2).flatten(2)
         return self.o_proj(out), None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past_key_values: Any, near_far_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mix_logit: Tensor | None,
+        past_key_values: Any,
+        near_far_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """Near-and-far attention (B, H, T, V), of the whole text or as a step of the cache."""
         options: dict[str, Any] = {
             # `or`: a window of 0 is the config's, and the mix leaves it unread.
@@ -182,35 +213,42 @@ class ConvertedAttention(nn.Module):
             "mask": near_far_mask,
         }
         if past_key_values is None:
-            return near_far_attention(q, k, v, self.mixer, self.mix_logit(q), **options)
+            return near_far_attention(q, k, v, self.mixer, mix_logit, **options, cu_seqlens=documents)
         layer = past_key_values.layers[self.layer_idx]
         if not isinstance(layer, NearFarLayer):
             raise LinearizeError(
                 f"cache: layer {self.layer_idx} is a {type(layer).__name__}, which a converted layer cannot use; "
                 "call the model as a whole, which gives a cache its layers"
             )
-        return layer.step(q, k, v, self.mixer, self.mix_logit(q), **options)
+        return layer.step(q, k, v, self.mixer, mix_logit, **options)
 
-    def _project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """q (B, H, T, D), k and v (B, K, T, D), as the original attention sees them."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """q (B, H, T, D), k and v (B, K, T, D), as the original attention has them before the rotary embedding."""
         q, k, v = (
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return tuple(x.transpose(1, 2) for x in (q, k, v))
+
+    def _rotate(self, position_embeddings: tuple[Tensor, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """q and k (B, heads, T, D) after the rotary embedding."""
         cos, sin = (x[:, None] for x in position_embeddings)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, v
+        return tuple(x * cos + _rotate_half(x) * sin for x in tensors)
 
     def mix_logit(self, q: Tensor) -> Tensor | None:
-        """The learned log-odds of the far side (B, H, T), or what the switch puts in their place (H,)."""
-        if self.mix is None:
+        """Log-odds of the far side: the mix's for q (B, H, T, D), or what the switch puts in its place (H,)."""
+        if self.mixer is None:
             return None
         far_share = 1.0 if self.switch.windows.get(self.layer_idx) == 0 else self.switch.far_share
-        if far_share is None:
+        if far_share is None and self.mix is not None:
             return self.mix(q)
-        # Log-odds of certainty. Finite on the far side, so that an empty state (log mass -inf) still has no share.
-        return torch.full_like(self.mix.bias, 1e30 if far_share else -torch.inf)
+        if far_share is None:
+            logit = self.linearize_config.mix_start
+        else:
+            # Log-odds of certainty. Finite on the far side, so that an empty state (log mass -inf) still has no share.
+            logit = 1e30 if far_share else -torch.inf
+        return torch.full(q.shape[1:2], logit, dtype=accumulation_dtype(q), device=q.device)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from linearize.cache import install_layers, new_cache
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry, family_of, geometry_of, own_window
+from linearize.kernels.near_far.documents import Documents, lay_out_documents
 
 __all__ = [
     "LayerPlan",
@@ -261,8 +262,15 @@ class _BeforeDecoder:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        if self.switch.converted or self.switch.observer is not None:
-            kwargs["near_far_mask"] = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
+        if not self.switch.converted and self.switch.observer is None:
+            return (), kwargs
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        model_config = cast(Any, decoder.config)
+        use_cache = model_config.use_cache if use_cache is None else use_cache
+        new = use_cache and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
+        attention = model_config._attn_implementation or ""
+        kwargs["near_far_mask"] = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
+        kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
         if not self.switch.converted:
             return (), kwargs
 
@@ -271,13 +279,9 @@ class _BeforeDecoder:
                 "output_attentions: a converted layer has no attention map; leave it out, or look at the original "
                 "inside linearize.original_attention(model)"
             )
-        cache = kwargs.get("past_key_values")
-        _refuse_packed(kwargs, cache)
-        use_cache = kwargs.get("use_cache")
-        use_cache = cast(Any, decoder.config).use_cache if use_cache is None else use_cache
         if cache is not None:
             install_layers(cache, self.layers)
-        elif use_cache and not (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
+        elif new:
             kwargs["past_key_values"] = new_cache(decoder.config, self.layers)
         if self.all_converted:
             # No layer reads a 4-D mask, and a T x T one would be all that is quadratic here. transformers hands a
@@ -304,20 +308,36 @@ def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
     return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
 
 
-def _refuse_packed(kwargs: dict[str, Any], cache: Any) -> None:
-    """Several documents in a row, told apart by positions that restart, would leak through the state."""
-    position_ids = kwargs.get("position_ids")
+def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: str, caching: bool) -> Documents | None:
+    """Where the documents of packed rows lie, or None where a row is one text.
+
+    What counts as packed is what the original attention takes for it: no mask, no past, and positions that do not go
+    up by 1 from one token to the next. The device is asked, once a forward pass, and only where positions are given.
+    """
+    position_ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
     if (
         position_ids is None
         or kwargs.get("attention_mask") is not None
         or (cache is not None and cache.get_seq_length())
+        or position_ids.shape[-1] < 2
+        or not bool((position_ids.diff(dim=-1) != 1).any())
     ):
-        return
-    if position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
+        return None
+    if caching:
         raise LinearizeError(
-            "position_ids: they restart inside a row (packed documents), which converted layers do not support; "
-            "give each document its own row, padded, with an attention_mask"
+            "position_ids: they restart inside a row (packed documents), which no cache can hold; pass "
+            "use_cache=False, or give each document its own row, padded, with an attention_mask"
         )
+    batch, length = tokens.shape[:2]
+    if batch > 1 and "flash" in attention:
+        raise LinearizeError(
+            f"position_ids: they restart inside {batch} rows (packed documents), and {attention} would tell documents "
+            "apart in a single row only; use batch_size 1, or load the model with attn_implementation='sdpa'"
+        )
+    begins = torch.ones(batch, length, dtype=torch.bool, device=position_ids.device)
+    begins[:, 1:] = position_ids.diff(dim=-1) != 1
+    starts = begins.flatten().nonzero().squeeze(1).tolist()
+    return lay_out_documents([*starts, batch * length], batch, length, tokens.device)
 
 
 def _check_class(model: Any) -> None:

@@ -707,13 +707,8 @@ class TestBadInputs:
                 {"attention_mask": {"full_attention": torch.zeros(2, 1, 6, 6)}},
                 "attention_mask: dict is not (batch, tokens); a converted layer takes a 2-D mask of real tokens only",
             ),
-            (
-                {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
-                "position_ids: they restart inside a row (packed documents), which converted layers do not support; "
-                "give each document its own row, padded, with an attention_mask",
-            ),
         ],
-        ids=["4-D mask", "short mask", "dict of masks", "packed"],
+        ids=["4-D mask", "short mask", "dict of masks"],
     )
     @pytest.mark.parametrize("use_cache", [False, True])
     def test_forward(self, inputs, message, use_cache):

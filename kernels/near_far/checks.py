@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
+from .documents import Documents
 from .mixers import Mixer
 
 __all__ = ["MIXES", "check_documents", "check_inputs"]
 
-MIXES = ("normalizer", "gate")
+MIXES = ("normalizer", "gate", "peak")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -81,14 +82,26 @@ def check_inputs(
     )
 
 
-def check_documents(cu_seqlens: Tensor | None, q: Tensor, mask: Tensor | None) -> None:
-    """Every check of `cu_seqlens`; looks at its values."""
+def check_documents(cu_seqlens: Tensor | Documents | None, q: Tensor, mask: Tensor | None) -> None:
+    """Every check of `cu_seqlens`; looks at the values of a tensor."""
     from linearize.errors import LinearizeError
 
     if cu_seqlens is None:
         return
     if mask is not None:
         raise LinearizeError("near_far_attention: mask and cu_seqlens are both given; give the one that applies")
+    if isinstance(cu_seqlens, Documents):
+        if cu_seqlens.positions.shape != q.shape[::2]:
+            raise LinearizeError(
+                f"near_far_attention: the documents are those of {tuple(cu_seqlens.positions.shape)} tokens and q has "
+                f"{tuple(q.shape[::2])}; lay them out for these rows"
+            )
+        if cu_seqlens.positions.device != q.device:
+            raise LinearizeError(
+                f"near_far_attention: the documents are on {cu_seqlens.positions.device} but q is on {q.device}; move "
+                "them there"
+            )
+        return
     if q.shape[0] != 1:
         raise LinearizeError(
             f"near_far_attention: cu_seqlens goes with batch 1, not {q.shape[0]}; lay the documents end to end"

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..backends import BACKENDS, choose_backend
 from .checks import check_documents, check_inputs
-from .chunked import far_chunked, near_far_chunked
-from .mixers import Mixer, full_precision, state_obstacle
-from .pack import join_documents, split_documents
+from .chunked import far_chunked, near_far_chunked, pad_to_chunks
+from .documents import Documents, lay_out_documents
+from .mixers import Mixer, Recurrent, full_precision, state_obstacle
 from .reference import near_far_reference
 
 __all__ = ["BACKENDS", "far_read", "near_far_attention"]
@@ -27,7 +27,7 @@ def near_far_attention(
     mix: str = "normalizer",
     scale: float | None = None,
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention, exact over a near window and sinks, compressed over everything older.
@@ -42,11 +42,12 @@ def near_far_attention(
         mix_logit: log-odds added to the far side: (H,), one a head, or (B, H, T), one a head and query. None is 0.
         window: W >= 1. A query sees its own chunk of W tokens and the one before exactly.
         sinks: S >= 0 first tokens that every query sees exactly.
-        mix: "normalizer" (one softmax denominator) or "gate" (r = sigmoid(mix_logit)).
+        mix: "normalizer" (one softmax denominator), "peak" (the same, near weights measured from the largest) or
+            "gate" (r = sigmoid(mix_logit)).
         scale: factor on q.k; None is D^(-1/2).
         mask: (B, T), true (or 1) for real tokens; None is all real. Padding may stand anywhere; outputs there are 0.
         cu_seqlens: (N + 1,) integers 0 = c_0 <= ... <= c_N = T: N documents end to end in one row (B = 1), each a
-            sequence of its own. Not together with `mask`.
+            sequence of its own; or `Documents`, in any number of rows. Not together with `mask`.
         backend: "reference" (the formula, T x T), "torch" (chunks), "triton" (a GPU; D and V up to 256, F up to 512),
             or "auto": "triton" on a GPU that can, "torch" elsewhere.
 
@@ -58,13 +59,18 @@ def near_far_attention(
     Raises:
         LinearizeError: a shape, dtype or option that does not fit, or a backend that cannot run here, with its value.
     """
+    options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    if isinstance(mixer, Recurrent):
+        from .recurrent import recurrent_attention
+
+        given: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
+        return recurrent_attention(q, k, v, mixer, mix_logit, **options, **given)
     if not torch.compiler.is_compiling():  # messages would need values of what is a symbol there
         check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
         check_documents(cu_seqlens, q, mask)
     if not q.shape[0]:
         return q[..., :1].expand(*q.shape[:3], v.shape[-1]).clone()
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer))
-    options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer, mix))
     with full_precision(q):
         return _attend(chosen, q, k, v, mixer, mix_logit, mask, cu_seqlens, options)
 
@@ -77,7 +83,7 @@ def _attend(
     mixer: Mixer | None,
     mix_logit: Tensor | None,
     mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | Documents | None,
     options: dict[str, Any],
 ) -> Tensor:
     """By the chosen backend."""
@@ -90,20 +96,34 @@ def _attend(
     form = near_far_reference if chosen == "reference" else near_far_chunked
     if cu_seqlens is None:
         return form(q, k, v, mixer, mix_logit, **options, mask=mask)
+    documents = cu_seqlens
+    if not isinstance(documents, Documents):
+        documents = lay_out_documents(documents.tolist(), *q.shape[::2], q.device)
+    parts = documents.split(q, k, v)
+    logits: list[Tensor | None] = [mix_logit] * len(parts)
     if mix_logit is not None and mix_logit.ndim == 3:
-        mix_logit = split_documents(cu_seqlens, mix_logit[..., None])[0].squeeze(-1)
-    q, k, v, own = split_documents(cu_seqlens, q, k, v)
-    return join_documents(own, form(q, k, v, mixer, mix_logit, **options, mask=own))
+        logits = [x.squeeze(-1) for (x,) in documents.split(mix_logit[..., None])]
+    outs = [form(q, k, v, mixer, logit, **options) for (q, k, v), logit in zip(parts, logits, strict=True)]
+    return documents.join(outs)
 
 
 def far_read(
-    q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, window: int, sinks: int = 0, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixer: Mixer,
+    *,
+    window: int,
+    sinks: int = 0,
+    documents: Documents | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The far side alone: o_far = phi_q S / n and log n of every query, differentiable.
 
     Args:
         q, k, v: as in `near_far_attention`; T is a multiple of W, and rows hold their real tokens first.
         mixer, window, sinks: as there.
+        documents: of these rows, each a sequence of its own; then T is any.
         backend: "torch", "triton" or "auto".
 
     Returns:
@@ -114,6 +134,23 @@ def far_read(
         LinearizeError: as `near_far_attention`; or T that is no multiple of W.
     """
     check_inputs(q, k, v, mixer, None, window, sinks, "normalizer", None, backend)
+    if isinstance(mixer, Recurrent):
+        from linearize.errors import LinearizeError
+
+        raise LinearizeError(
+            f"far_read: {type(mixer).__name__} has near tokens in its state as well, so there is no far side to read; "
+            "attention transfer is for mixers that hold the far side alone, such as hedgehog"
+        )
+    if documents is not None:
+        check_documents(documents, q, None)
+        fars, masses = [], []
+        for rows in documents.split(q, k, v):
+            q, k, v = (pad_to_chunks(x, window) for x in rows)
+            far, log_mass = far_read(q, k, v, mixer, window=window, sinks=sinks, backend=backend)
+            length = rows[0].shape[2]
+            fars.append(far[:, :, :length])
+            masses.append(log_mass[:, :, :length, None])
+        return documents.join(fars), documents.join(masses).squeeze(-1)
     if q.shape[2] % window:
         from linearize.errors import LinearizeError
 

@@ -7,7 +7,7 @@ attention, makes left padding, right padding and holes all the same, and leaves 
 import torch
 from torch import Tensor
 
-__all__ = ["join_documents", "pack_index", "pack_rows", "split_documents", "unpack_rows"]
+__all__ = ["pack_index", "pack_rows", "unpack_rows"]
 
 
 def pack_index(mask: Tensor) -> Tensor:
@@ -29,19 +29,3 @@ def unpack_rows(mask: Tensor | None, x: Tensor) -> Tensor:
         return x
     index = pack_index(mask)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return torch.zeros_like(x).scatter(2, index, x) * mask[:, None, :, None].to(x.dtype)
-
-
-def split_documents(cu_seqlens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Documents that lie end to end, (1, heads, T, .), as rows (N, heads, longest, .) padded on the right; their mask
-    (N, longest) comes last. Document i goes from cu_seqlens[i] to cu_seqlens[i + 1]."""
-    borders = cu_seqlens.long()
-    lengths = borders.diff()
-    column = torch.arange(max(int(lengths.max()), 1), device=borders.device)
-    mask = column < lengths[:, None]
-    index = (borders[:-1, None] + column).clamp_max(max(tensors[0].shape[2] - 1, 0))
-    return *(x[0][:, index].transpose(0, 1) for x in tensors), mask
-
-
-def join_documents(mask: Tensor, x: Tensor) -> Tensor:
-    """The inverse of `split_documents` for one tensor: (N, heads, longest, .) -> (1, heads, T, .)."""
-    return x.transpose(1, 2)[mask].transpose(0, 1)[None]

@@ -99,15 +99,16 @@ def rows_of_mask(mask: Tensor, window: int, sinks: int) -> Rows:
     return rows_of_lengths(row, first, lengths, window=window, sinks=sinks, count=count, padded=True)
 
 
-def rows_of_documents(cu_seqlens: Tensor, length: int, window: int, sinks: int) -> Rows:
-    """The documents end to end in the one row of a batch: document i from cu_seqlens[i] to cu_seqlens[i + 1]."""
+def rows_of_documents(cu_seqlens: Tensor, length: int, window: int, sinks: int, batch: int = 1) -> Rows:
+    """The documents end to end in `batch` rows of `length` tokens: document i from cu_seqlens[i] to cu_seqlens[i + 1],
+    counted row after row."""
     borders = cu_seqlens.int()
     first, lengths = borders[:-1], borders.diff()
+    # An empty document behind the last token is in the last row too.
+    row = (first // length).clamp_max(batch - 1)
     # Each document adds at most one chunk that is not full.
-    count = length // window + first.shape[0]
-    return rows_of_lengths(
-        torch.zeros_like(first), first, lengths, window=window, sinks=sinks, count=count, padded=False
-    )
+    count = batch * length // window + first.shape[0]
+    return rows_of_lengths(row, first - row * length, lengths, window=window, sinks=sinks, count=count, padded=False)
 
 
 def rows_of_lengths(

@@ -24,7 +24,7 @@ Source: attention transfer by cross-entropy of maps, Zhang et al. 2024 (arXiv 24
 maps, flash attention (arXiv 2205.14135). Shape legend as in `chunked`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
+from .checks import check_documents
 from .chunked import near_chunked, pad_to_chunks
+from .documents import Documents
 from .mixers import accumulation_dtype
 
 __all__ = ["far_divergence", "split_attention"]
@@ -49,6 +51,7 @@ def split_attention(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    documents: Documents | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Causal softmax attention in its two parts, each with its log-sum-exp; no gradient.
@@ -60,6 +63,7 @@ def split_attention(
         q: (B, H, T, D), any float dtype; k: (B, K, T, D), v: (B, K, T, V), K divides H.
         window: W >= 1, tokens a chunk. sinks: S >= 0.
         scale: factor on q.k; None is D^(-1/2).
+        documents: of these rows, each a sequence of its own; None is one a row.
         backend: "torch", "triton", or "auto": Triton for tensors on a GPU.
 
     Returns:
@@ -71,6 +75,12 @@ def split_attention(
     """
     _check("split_attention", q, window, sinks, k=(k, k.shape[:2], q.shape[-1]), v=(v, k.shape[:2], None))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if documents is not None:
+        check_documents(documents, q, None)
+        options: dict[str, Any] = {"window": window, "sinks": sinks, "scale": scale, "backend": backend}
+        parts = [split_attention(q, k, v, **options) for q, k, v in documents.split(q, k, v)]
+        nears, near_lses, fars, far_lses = zip(*parts, strict=True)
+        return documents.join(nears), _join(documents, near_lses), documents.join(fars), _join(documents, far_lses)
     if kernels := _kernels("split_attention", backend, q, v):
         return kernels.split_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     length = q.shape[2]
@@ -93,6 +103,7 @@ def far_divergence(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    documents: Documents | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """KL of the teacher's weights of far keys from the student's, and the student's far mass; see the module.
@@ -105,7 +116,7 @@ def far_divergence(
     of a row at or below it is -inf, as in `Mixer.read`.
 
     Args:
-        q, k, window, sinks, scale, backend: as in `split_attention`.
+        q, k, window, sinks, scale, documents, backend: as in `split_attention`.
         far_lse: (B, H, T) log Z_far from there. An error in it of a rounding at logits of 1e4 does no harm: weights are
             divided by their sum.
         phi_q: (B, H, T, F), phi_k: (B, K, T, F), features >= 0. In the Triton form, under 16-bit q and k, their
@@ -129,9 +140,23 @@ def far_divergence(
         far_lse=(far_lse[..., None], q.shape[:2], 1),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if documents is not None:
+        check_documents(documents, q, None)
+        options: dict[str, Any] = {"window": window, "sinks": sinks, "scale": scale, "backend": backend}
+        parts = [
+            far_divergence(q, k, lse.squeeze(-1), phi_q, phi_k, **options)
+            for q, k, lse, phi_q, phi_k in documents.split(q, k, far_lse[..., None], phi_q, phi_k)
+        ]
+        divergence, log_mass = zip(*parts, strict=True)
+        return _join(documents, divergence), _join(documents, log_mass)
     kernels = _kernels("far_divergence", backend, q, k, features)
     q, k, far_lse = q.detach(), k.detach(), far_lse.detach()
     return _FarDivergence.apply(q, k, far_lse, phi_q, phi_k, window, sinks, scale, kernels)
+
+
+def _join(documents: Documents, parts: Sequence[Tensor]) -> Tensor:
+    """Numbers a query (n, H, L) of each bucket -> (B, H, T)."""
+    return documents.join([part[..., None] for part in parts]).squeeze(-1)
 
 
 class _FarDivergence(torch.autograd.Function):

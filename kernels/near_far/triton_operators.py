@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .documents import Documents
 from .mixers import Mixer, State, accumulation_dtype
 from .pack import pack_rows, unpack_rows
 from .rows import (
@@ -49,7 +50,7 @@ def near_far_triton(
     mix: str = "normalizer",
     scale: float | None = None,
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Documents | None = None,
 ) -> Tensor:
     """The same as `near_far_reference` in Triton kernels: time and memory linear in T, backward included.
 
@@ -60,7 +61,9 @@ def near_far_triton(
     scale = head_dim**-0.5 if scale is None else scale
     mix_logit = _log_odds(q, mixer, mix_logit)
     holes = False
-    if cu_seqlens is not None:
+    if isinstance(cu_seqlens, Documents):
+        rows = cu_seqlens.rows(window, sinks)
+    elif cu_seqlens is not None:
         rows = rows_of_documents(cu_seqlens, length, window, sinks)
     elif mask is not None:
         holes, rows = _rows_behind(mask, window, sinks)
