@@ -27,7 +27,15 @@ from linearize.errors import LinearizeError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the presets leave to the user.
-FILL_IN = {"demo": [], "default": ["model=m", "data.sources.0.path=texts/*.txt"], "window-only": ["model=m"]}
+TEXTS = ["model=m", "data.sources.0.path=texts/*.txt"]
+FILL_IN = {
+    "demo": [],
+    "default": TEXTS,
+    "decomposed": TEXTS,
+    "liger": ["model=m"],
+    "lolcats": ["model=m"],
+    "window-only": ["model=m"],
+}
 
 
 def test_presets_are_the_files_in_the_folder():
@@ -206,7 +214,7 @@ def test_mistakes_in_files(tmp_path):
 
 
 def test_unknown_recipes():
-    with pytest.raises(LinearizeError, match=r"'demp': unknown, did you mean 'demo'\? \(known: default, demo, window"):
+    with pytest.raises(LinearizeError, match=r"'demp': unknown, did you mean 'demo'\? \(known: decomposed, default"):
         load_recipe("demp")
     with pytest.raises(LinearizeError, match=r"no/such\.yaml: no such recipe file"):
         load_recipe("no/such.yaml")

@@ -63,8 +63,10 @@ def randomize_far(model: Any, seed: int = 1) -> Any:
         for layer in converted_layers(model).values():
             if layer.mixer is None:
                 continue
-            layer.mix.bias.copy_(torch.randn(layer.mix.bias.shape, generator=generator) + 1.0)
-            layer.mix.weight.copy_(torch.randn(layer.mix.weight.shape, generator=generator) * 0.1)
+            if layer.mix is not None:
+                layer.mix.bias.copy_(torch.randn(layer.mix.bias.shape, generator=generator) + 1.0)
+                if layer.mix.weight is not None:
+                    layer.mix.weight.copy_(torch.randn(layer.mix.weight.shape, generator=generator) * 0.1)
             for parameter in layer.mixer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
