@@ -57,7 +57,10 @@ Model = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a preset: demo, default or window-only.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or a preset: demo, default, decomposed, lolcats, liger or window-only."
+    ),
 ]
 Mixer = Annotated[str, typer.Option(help=f"What becomes of tokens that leave the window: {', '.join(MIXERS)}.")]
 Window = Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")]
