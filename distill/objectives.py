@@ -39,7 +39,8 @@ NO_SHARE = -100.0  # log-odds that stand for a far mass of zero in a logarithm
 
 
 class FarTarget:
-    """The teacher's side of one layer, packed (real tokens first) and padded to whole chunks; no gradient.
+    """The teacher's side of one layer, no gradient: rows with their real tokens first, padded to whole chunks, or as
+    they are where they hold several documents (`documents`; else None).
 
     q: (B, H, T', D), k, v: (B, K, T', .), out: (B, H, T', V) softmax attention, near and far: the same over the near
     or the far keys only, near_lse, far_lse: (B, H, T') log Z_near and log Z_far, far_log_odds: (B, H, T')
@@ -53,13 +54,17 @@ class FarTarget:
         window, sinks, scale = config.window, config.sinks, seen.layer.scaling
         rows = pack_rows(seen.mask, *(x.detach() for x in (seen.q, seen.k, seen.v)))
         batch, _, length, _ = rows[0].shape
-        self.q, self.k, self.v = (pad_to_chunks(x, window) for x in rows)
+        self.documents = seen.documents
+        self.q, self.k, self.v = rows if self.documents is not None else (pad_to_chunks(x, window) for x in rows)
         self.near, self.near_lse, self.far, self.far_lse = split_attention(
-            self.q, self.k, self.v, window=window, sinks=sinks, scale=scale
+            self.q, self.k, self.v, window=window, sinks=sinks, scale=scale, documents=self.documents
         )
         self.far_log_odds = self.far_lse - self.near_lse
         self.far_share = self.far_log_odds.sigmoid()
         self.out = torch.lerp(self.near, self.far, self.far_share[..., None])
+        if self.documents is not None:
+            self.counted = (self.documents.positions >= first_far_query(config))[:, None]
+            return
         position = torch.arange(self.q.shape[2], device=self.q.device)
         lengths = torch.full((batch,), length, device=position.device) if seen.mask is None else seen.mask.sum(-1)
         self.counted = ((position >= first_far_query(config)) & (position < lengths[:, None]))[:, None]
@@ -122,6 +127,7 @@ def weights_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
         window=config.window,
         sinks=config.sinks,
         scale=seen.layer.scaling,
+        documents=target.documents,
     )
     return _mean(_share_divergence(seen, target, log_mass) + target.far_share * within, target.counted)
 
@@ -192,7 +198,15 @@ def _mixer(seen: Observation) -> Mixer:
 
 def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
     config = seen.layer.linearize_config
-    return far_read(target.q, target.k, target.v, _mixer(seen), window=config.window, sinks=config.sinks)
+    return far_read(
+        target.q,
+        target.k,
+        target.v,
+        _mixer(seen),
+        window=config.window,
+        sinks=config.sinks,
+        documents=target.documents,
+    )
 
 
 def _student_out(seen: Observation, target: FarTarget) -> Tensor:
