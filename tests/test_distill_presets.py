@@ -9,10 +9,12 @@ import torch
 from linearize import LinearizeConfig, convert
 from linearize.convert import added_parameters, converted_layers
 from linearize.distill.end_to_end import run_distill
+from linearize.distill.objectives import OBJECTIVES
 from linearize.distill.options import TransferOptions
 from linearize.distill.recipe import load_recipe
-from linearize.distill.transfer import run_transfer
+from linearize.distill.transfer import observe, run_transfer
 from linearize.errors import LinearizeError
+from linearize.kernels.near_far import near_far_attention
 from tests.test_distill_recipe import FILL_IN
 from tests.tiny_models import make_model, make_tokens, randomize_far
 from tests.tiny_training import TokenRows, log_lines
@@ -265,3 +267,28 @@ def test_saved_and_loaded(preset, tmp_path):
     tokens = make_tokens(1, 150)
     with torch.no_grad():
         assert torch.equal(student(tokens).logits, loaded(tokens).logits)
+
+
+@pytest.mark.parametrize("mix_input", ["query", "head", "fixed"])
+@pytest.mark.parametrize("mix", ["peak", "normalizer", "gate"])
+def test_transfer_sees_the_output_that_the_layer_has(mix, mix_input):
+    """The loss `output`, from near and far by themselves, is the error of the attention as a whole."""
+    config = LinearizeConfig(window=4, sinks=2, mix=mix, mix_input=mix_input, mix_start=0.7)
+    student = randomize_far(convert(make_model("llama", torch.float64), config))
+    losses = []
+
+    def look(seen):
+        layer = seen.layer
+        logit = layer.mix_logit(seen.q)
+        options = {"window": 4, "sinks": 2, "scale": layer.scaling}
+        out = near_far_attention(seen.q, seen.k, seen.v, layer.mixer, logit, mix=mix, **options)
+        full = near_far_attention(seen.q, seen.k, seen.v, window=64, scale=layer.scaling)
+        counted = slice(8, None)  # the first queries with far keys
+        error, size = ((x[:, :, counted] ** 2).sum() for x in (out - full, full))
+        losses.append((OBJECTIVES["output"](seen, None), error / size))
+
+    observe(student, {"input_ids": make_tokens(2, 33)}, look)
+    assert len(losses) == 3
+    for loss, expected in losses:
+        assert expected > 0.01
+        assert_near(loss, expected)
