@@ -18,7 +18,7 @@ from torch import Tensor
 from linearize.attention import Observation
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
-from linearize.kernels.near_far.chunked import far_log_odds, mix_near_far, pad_to_chunks
+from linearize.kernels.near_far.chunked import far_log_odds, mix_near_far, near_chunked, pad_to_chunks
 from linearize.kernels.near_far.mixers import Mixer
 from linearize.kernels.near_far.ops import far_read
 from linearize.kernels.near_far.pack import pack_rows
@@ -27,11 +27,11 @@ from linearize.kernels.near_far.transfer import far_divergence, split_attention
 __all__ = [
     "OBJECTIVES",
     "FarTarget",
-    "calibrated_mix",
     "decomposed_loss",
     "first_far_query",
     "hidden_loss",
     "output_loss",
+    "student_far",
     "weights_loss",
 ]
 
@@ -44,7 +44,8 @@ class FarTarget:
 
     q: (B, H, T', D), k, v: (B, K, T', .), out: (B, H, T', V) softmax attention, near and far: the same over the near
     or the far keys only, near_lse, far_lse: (B, H, T') log Z_near and log Z_far, far_log_odds: (B, H, T')
-    log (Z_far / Z_near), far_share: 1 - rho, counted: (B, 1, T') the tokens that have far keys and are real.
+    log (Z_far / Z_near), far_share: 1 - rho, counted: (B, 1, T') the tokens that have far keys and are real, mix_lse:
+    near_lse as the student's mix compares it with its far mass, under "peak" less the largest near logit.
     Where there is no far key, far and far_share are 0, and far_lse and far_log_odds are -inf.
     """
 
@@ -59,6 +60,9 @@ class FarTarget:
         self.near, self.near_lse, self.far, self.far_lse = split_attention(
             self.q, self.k, self.v, window=window, sinks=sinks, scale=scale, documents=self.documents
         )
+        self.mix_lse = self.near_lse
+        if config.mix == "peak":
+            self.mix_lse = self._lse_from_peak(window, sinks, scale)
         self.far_log_odds = self.far_lse - self.near_lse
         self.far_share = self.far_log_odds.sigmoid()
         self.out = torch.lerp(self.near, self.far, self.far_share[..., None])
@@ -69,10 +73,25 @@ class FarTarget:
         lengths = torch.full((batch,), length, device=position.device) if seen.mask is None else seen.mask.sum(-1)
         self.counted = ((position >= first_far_query(config)) & (position < lengths[:, None]))[:, None]
 
+    def _lse_from_peak(self, window: int, sinks: int, scale: float) -> Tensor:
+        """log Z_near less the largest near logit, (B, H, T')."""
+
+        def lse(rows: tuple[Tensor, ...]) -> Tensor:
+            q, k, v = (pad_to_chunks(x, window) for x in rows)
+            first = k[:, :, :sinks], v[:, :, :sinks]
+            _, found = near_chunked(q, k, v, *first, window=window, scale=scale, from_peak=True)
+            return found[:, :, : rows[0].shape[2], None]
+
+        rows = self.q, self.k, self.v
+        if self.documents is None:
+            return lse(rows).squeeze(-1)
+        return self.documents.join([lse(part) for part in self.documents.split(*rows)]).squeeze(-1)
+
     def mix_logit(self, seen: Observation) -> Tensor:
-        """The student's mix for these queries, (B, H, T')."""
-        assert seen.layer.mix is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
-        return seen.layer.mix(self.q)
+        """The student's mix for these queries, (B, H, T'), or (H,) where they have no say."""
+        logit = seen.layer.mix_logit(self.q)
+        assert logit is not None, "a layer without a state has nothing to learn: run_transfer refuses it"
+        return logit
 
 
 def first_far_query(config: LinearizeConfig) -> int:
@@ -89,7 +108,7 @@ def decomposed_loss(seen: Observation, target: FarTarget | None = None) -> Tenso
     `target` is the teacher's side where it is known already; None computes it.
     """
     target = target or FarTarget(seen)
-    far, log_mass = _student_far(seen, target)
+    far, log_mass = student_far(seen, target)
     counted, share = target.counted, target.far_share[..., None]
     wanted = share * target.far
     error = share * (far - target.far)
@@ -153,35 +172,6 @@ def hidden_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
     return _mean(error, target.counted) / _mean(_through(weight, target.out), target.counted).clamp_min(1e-12)
 
 
-def calibrated_mix(seen: Observation) -> tuple[Tensor, Tensor]:
-    """The mix, weight (H, D) and bias (H,), under which the student's far log-odds are the teacher's, in closed form.
-
-    For each head, least squares over tokens of
-
-        w.q + b  ~  log (Z_far / Z_near) of the teacher - (log n - log Z_near) of the student
-
-    (under "gate": of the teacher's log-odds alone), each token weighed by rho (1 - rho), by which an error of its
-    log-odds changes the output; a small ridge keeps w bounded where a head's queries do not span D dimensions.
-    """
-    with torch.no_grad():
-        target = FarTarget(seen)
-        wanted, counted = target.far_log_odds, target.counted.expand_as(target.far_log_odds)
-        if seen.layer.linearize_config.mix == "normalizer":
-            _, log_mass = _student_far(seen, target)
-            counted = counted & (log_mass > -torch.inf)
-            wanted = wanted + target.near_lse - log_mass.masked_fill(~counted, 0.0)
-        share = target.far_share
-        weight = ((share * (1 - share) + 1e-2) * counted).double()
-        inputs = torch.cat([target.q.double(), torch.ones_like(target.q[..., :1], dtype=torch.float64)], dim=-1)
-        weighted = inputs * weight[..., None]
-        gram = (inputs.transpose(-1, -2) @ weighted).sum(0)
-        moment = (weighted.transpose(-1, -2) @ wanted.masked_fill(~counted, 0.0).double()[..., None]).sum(0)
-        ridge = torch.ones(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        ridge[-1] = 1e-8  # the bias is free: no head starts too loud or too quiet on average
-        solution = torch.linalg.solve(gram + ridge.diag(), moment).squeeze(-1).float()
-        return solution[:, :-1], solution[:, -1]
-
-
 OBJECTIVES: dict[str, Callable[[Observation, FarTarget | None], Tensor]] = {
     "decomposed": decomposed_loss,
     "output": output_loss,
@@ -196,7 +186,8 @@ def _mixer(seen: Observation) -> Mixer:
     return mixer
 
 
-def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
+def student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
+    """What the student reads from its state for the queries of `target`: o_far (B, H, T', V) and log n (B, H, T')."""
     config = seen.layer.linearize_config
     return far_read(
         target.q,
@@ -211,9 +202,9 @@ def _student_far(seen: Observation, target: FarTarget) -> tuple[Tensor, Tensor]:
 
 def _student_out(seen: Observation, target: FarTarget) -> Tensor:
     """o of the student, (B, H, T', V)."""
-    far, log_mass = _student_far(seen, target)
+    far, log_mass = student_far(seen, target)
     return mix_near_far(
-        target.near, target.near_lse, far, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix
+        target.near, target.mix_lse, far, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix
     )
 
 
@@ -237,7 +228,7 @@ def _through(weight: Tensor, x: Tensor) -> Tensor:
 
 def _share_divergence(seen: Observation, target: FarTarget, log_mass: Tensor) -> Tensor:
     """KL(far share of teacher || of student) of every query, (B, H, T'); log_mass: log n of the student."""
-    student = far_log_odds(target.near_lse, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix)
+    student = far_log_odds(target.mix_lse, log_mass, target.mix_logit(seen), seen.layer.linearize_config.mix)
     # From log-odds: a share that has rounded to 0 or 1 would have no gradient left.
     student = student.masked_fill(student == -torch.inf, NO_SHARE)
     share = target.far_share

@@ -41,6 +41,7 @@ class Budget(Record):
 _SOURCE_KEYS = {
     "path": ("text", "jsonl", "dataset"),
     "field": ("jsonl", "dataset"),
+    "loss": ("jsonl", "dataset"),
     "name": ("dataset",),
     "split": ("dataset",),
     "tokens": ("generated",),
@@ -59,6 +60,8 @@ class Source(Record):
         path: text, jsonl: a file or a glob. dataset: a folder or a hub name.
         field: jsonl, dataset: the field that holds the text or the list of chat messages. `None` takes the first of
             text, messages, prompt + response, instruction (+ input) + output that a record has.
+        loss: jsonl, dataset: what of chats end-to-end losses count. `"answers"`, if not given: the assistant's words
+            and the tokens that end them. `"all"`: every token. In plain texts all count.
         name: dataset: the configuration's name, where it has several.
         split: dataset: `"train"` if not given.
         tokens: generated: how many tokens the teacher writes, 20000 if not given.
@@ -71,6 +74,7 @@ class Source(Record):
     weight: float = option(1.0, above=0)
     path: str | None = None
     field: str | None = None
+    loss: Literal["answers", "all"] | None = None
     name: str | None = None
     split: str | None = None
     tokens: int | None = option(None, least=1)
@@ -84,6 +88,8 @@ class Source(Record):
         if self.kind in _SOURCE_KEYS["path"] and self.path is None:
             what = "a folder or a hub name" if self.kind == "dataset" else f"a file or a glob, e.g. texts/*.{self.kind}"
             raise RecipeError("path", f"nothing is given; kind {self.kind!r} needs {what.replace('.text', '.txt')}")
+        if self.kind in _SOURCE_KEYS["loss"] and self.loss is None:
+            object.__setattr__(self, "loss", "answers")
         if self.kind == "dataset" and self.split is None:
             object.__setattr__(self, "split", "train")
         if self.kind == "generated" and self.tokens is None:

@@ -15,20 +15,23 @@ from torch import Tensor
 from linearize.attention import Observation
 from linearize.config import TAUGHT_MIXERS
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
+from linearize.distill import checkpoints
+from linearize.distill.calibration import Calibration, mix_lr_scale
 from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.loop import Outcome, StepLosses, make_optimizer, train
-from linearize.distill.objectives import OBJECTIVES, FarTarget, calibrated_mix, first_far_query
+from linearize.distill.objectives import OBJECTIVES, FarTarget, first_far_query
 from linearize.distill.options import TransferOptions
+from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["calibrate", "observe", "run_transfer", "transfer_step"]
+__all__ = ["calibrate", "mix_lr_scale", "observe", "run_transfer", "transfer_step"]
 
 
 def run_transfer(
     model: Any, stream: TokenStream, options: TransferOptions, folder: Path, *, accumulation: int = 1
 ) -> Outcome:
-    """Calibrate the mixes on one batch, then train mixers and mixes for the budget.
+    """Calibrate, unless `options` says not to, then train mixers and mixes for the budget.
 
     Args:
         model: a converted model; every other weight is frozen.
@@ -41,24 +44,12 @@ def run_transfer(
             the window.
     """
     base = base_model(model)
-    switch_of(base)  # an error of its own where nothing is converted
-    layers = converted_layers(base)
+    check_teachable(base, stream.seq_len, "transfer")
     parameters = added_parameters(base)
-    config = next(iter(layers.values())).linearize_config
-    if config.mixer not in TAUGHT_MIXERS:
-        raise LinearizeError(
-            f"transfer: mixer {config.mixer!r} has no far side of its own to teach; convert with mixer 'hedgehog', or "
-            "skip it"
-        )
-    needed = first_far_query(config)
-    if stream.seq_len <= needed:
-        raise LinearizeError(
-            f"data.seq_len: in rows of {stream.seq_len} tokens nothing has left a window of {config.window} (two "
-            f"chunks) and {config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
-        )
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    shard_frozen(model)
     device = base.get_input_embeddings().weight.device
 
     if options.local_steps > 1 and accumulation > 1:
@@ -72,9 +63,9 @@ def run_transfer(
         optimizer.step()
         optimizer.zero_grad()
 
-    if options.calibrate:
+    if options.calibration_tokens and checkpoints.latest(folder / "checkpoints" / "transfer") is None:
         position = stream.state_dict()
-        calibrate(base, {key: x.to(device) for key, x in next(stream).items()})
+        calibrate(base, stream, options.calibration_tokens)
         stream.load_state_dict(position)
     outcome = train(
         "transfer",
@@ -91,9 +82,22 @@ def run_transfer(
     return outcome
 
 
-def mix_lr_scale(name: str) -> float:
-    """The mix's weight meets queries with norms of 10 and more; a step as large as the others' would overshoot."""
-    return 0.1 if name.endswith(".mix.weight") else 1.0
+def check_teachable(model: Any, seq_len: int, name: str) -> None:
+    """Raise the LinearizeError that says why rows of so many tokens teach this model's layers nothing, if they do not;
+    `name` is what wants to teach."""
+    switch_of(model)  # an error of its own where nothing is converted
+    config = next(iter(converted_layers(model).values())).linearize_config
+    if config.mixer not in TAUGHT_MIXERS:
+        raise LinearizeError(
+            f"{name}: mixer {config.mixer!r} has no far side of its own to teach; convert with mixer 'hedgehog', or "
+            "skip it"
+        )
+    needed = first_far_query(config)
+    if seq_len <= needed:
+        raise LinearizeError(
+            f"data.seq_len: in rows of {seq_len} tokens nothing has left a window of {config.window} (two "
+            f"chunks) and {config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
+        )
 
 
 def transfer_step(
@@ -127,22 +131,35 @@ def transfer_step(
     return {"loss": torch.stack(list(losses.values())).mean()} | losses
 
 
-def calibrate(model: Any, batch: Batch) -> None:
-    """Set each head's mix in closed form from one batch; see `calibrated_mix`.
+def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[float]]:
+    """Fit every mixer and mix to the teacher's far attention; see `linearize.distill.calibration`.
 
-    Without it the far side starts so quiet or so loud that training ends before the mix has arrived.
+    Args:
+        model: a converted model. Nothing but mixers and mixes changes, and they are left asking for gradients.
+        stream: text; whole batches are drawn until they have `tokens` real tokens, one batch at least.
+        tokens: a few thousand are enough.
+
+    Returns:
+        For each layer, its decomposed loss on each batch, before it learned from it.
+
+    Raises:
+        LinearizeError: as `run_transfer`.
     """
-
-    def set_mix(seen: Observation) -> None:
-        mix = seen.layer.mix
-        if mix is None:  # a fixed one
-            return
-        weight, bias = calibrated_mix(seen)
-        if mix.weight is not None and weight is not None:
-            mix.weight.data.copy_(weight)
-        mix.bias.data.copy_(bias)
-
-    observe(model, batch, set_mix)
+    base = base_model(model)
+    check_teachable(base, stream.seq_len, "calibration")
+    device = base.get_input_embeddings().weight.device
+    batches: list[Batch] = []
+    drawn = 0
+    while not batches or drawn < tokens:
+        batches.append({key: x.to(device) for key, x in next(stream).items()})
+        drawn += int(batches[-1].get("attention_mask", torch.ones_like(batches[-1]["input_ids"])).sum())
+    calibration = Calibration(len(batches))
+    for parameter in added_parameters(base).values():
+        parameter.requires_grad_(True)
+    for batch in batches:
+        observe(base, batch, calibration)
+    calibration.finish()
+    return calibration.losses
 
 
 def observe(model: Any, batch: Batch, observer: Callable[[Observation], None]) -> None:

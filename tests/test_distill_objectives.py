@@ -1,127 +1,39 @@
-"""What a layer is taught: the teacher's near, far and shares, the losses, and the mix in closed form.
-
-The truths here are explicit T x T masks in float64, one row and one head at a time, without padding.
-"""
-
-from types import SimpleNamespace
+"""What a layer is taught: the teacher's near, far and shares, and the losses, against explicit T x T maps."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from linearize.attention import Observation
-from linearize.convert import converted_layers
 from linearize.distill.objectives import (
     OBJECTIVES,
     FarTarget,
-    calibrated_mix,
     decomposed_loss,
     hidden_loss,
     output_loss,
     weights_loss,
 )
-from linearize.distill.transfer import calibrate, observe
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import near_far_attention
 from tests.cost import LargestTensor
-from tests.tiny_models import make_student, make_tokens, pad
+from tests.far_truth import (
+    HEADS,
+    MIXES,
+    PADDING,
+    SHAPES,
+    SIZE,
+    fit_mix,
+    gathered,
+    make_seen,
+    set_mix,
+    student_log_odds,
+    truth,
+)
 from tests.tolerance import assert_near
-
-HEADS, KV_HEADS, SIZE = 4, 2, 16
-MIXES = ("normalizer", "gate")
-PADDING = ("full", "left", "right", "holes")
-# T, W, S
-SHAPES = [
-    (37, 4, 2),
-    (37, 4, 0),
-    (32, 4, 4),  # S = W, no tail
-    (37, 4, 8),  # S = 2 W
-    (37, 3, 7),  # S > 2 W
-    (37, 12, 5),
-    (9, 1, 0),
-]
-
-
-def make_mask(padding, batch, length):
-    """(B, T) bool or None; the rows differ, and the last one is too short for any far key."""
-    if padding == "full":
-        return None
-    column = torch.arange(length)
-    amount = torch.tensor([0, 5, length - 2])[:batch, None]
-    if padding == "left":
-        return column >= amount
-    if padding == "right":
-        return column < length - amount
-    mask = (column * 7 + torch.arange(batch)[:, None] * 3) % 5 > 0
-    mask[-1] = column % 19 == 3
-    return mask
-
-
-def make_seen(mix="normalizer", shape=SHAPES[0], padding="full", batch=3, factor=1.5, dtype=torch.float32):
-    """What a layer with random mixer and mix saw: random q, k, v."""
-    length, window, sinks = shape
-    student = make_student("llama", mix, window=window, sinks=sinks)
-    q = factor * torch.randn(batch, HEADS, length, SIZE)
-    k, v = torch.randn(batch, KV_HEADS, length, SIZE), torch.randn(batch, KV_HEADS, length, SIZE)
-    layer = converted_layers(student)[1]
-    return Observation(layer, *(x.to(dtype) for x in (q, k, v)), make_mask(padding, batch, length))
-
-
-def truth(seen):
-    """By row, of its real tokens, in float64: out, near, far (H, n, V), log z_near, log z_far (H, n), and which
-    tokens have far keys (n,); the student's value and log n of the far side, with gradient."""
-    config, layer = seen.layer.linearize_config, seen.layer
-    rows = []
-    for b in range(seen.q.shape[0]):
-        real = torch.arange(seen.q.shape[2]) if seen.mask is None else seen.mask[b].nonzero()[:, 0]
-        n = len(real)
-        near, far = torch.zeros(n, n, dtype=torch.bool), torch.zeros(n, n, dtype=torch.bool)
-        for t in range(n):
-            for i in range(t + 1):
-                is_near = i < config.sinks or i // config.window >= t // config.window - 1
-                (near if is_near else far)[t, i] = True
-        heads = []
-        for h in range(HEADS):
-            kv = h // (HEADS // KV_HEADS)
-            q, k, v = seen.q[b, h, real].double(), seen.k[b, kv, real].double(), seen.v[b, kv, real].double()
-            logits = q @ k.T * layer.scaling
-            inside = {name: logits.masked_fill(~keys, -torch.inf) for name, keys in (("near", near), ("far", far))}
-            phi_q = features(q, layer.mixer.query_weight[h])
-            phi_k = features(k, layer.mixer.key_weight[kv])
-            weights = (phi_q @ phi_k.T) * far
-            mass = weights.sum(-1)
-            heads.append(
-                {
-                    "q": q,
-                    "logits": logits.masked_fill(~(near | far), -torch.inf),
-                    "weights": weights,
-                    "out": logits.masked_fill(~(near | far), -torch.inf).softmax(-1) @ v,
-                    "near": inside["near"].softmax(-1) @ v,
-                    "far": inside["far"].softmax(-1).nan_to_num() @ v,
-                    "near_lse": inside["near"].logsumexp(-1),
-                    "far_lse": inside["far"].logsumexp(-1),
-                    "state": (weights @ v) / mass.clamp_min(1e-300)[:, None],
-                    "log_mass": mass.clamp_min(1e-300).log(),
-                    "mix": q @ layer.mix.weight[h].double() + layer.mix.bias[h].double(),
-                }
-            )
-        row = {key: torch.stack([head[key] for head in heads]) for key in heads[0]}
-        rows.append(SimpleNamespace(**row, is_near=near, is_far=far, counted=far.any(-1), count=n))
-    return rows
-
-
-def features(x, weight):
-    projected = x @ weight.double()
-    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
-
-
-def gathered(rows, *names):
-    """The counted tokens of all rows, each (H, N, ...)."""
-    return [torch.cat([getattr(row, name)[:, row.counted] for row in rows], 1) for name in names]
 
 
 def true_terms(seen):
-    """(far term, mix term, output loss, weights loss, hidden loss) by their formulas, with gradient to mixer and mix."""
+    """(far term, mix term, output loss, weights loss, hidden loss), with gradient to mixer and mix."""
     rows = truth(seen)
     out, near, far, near_lse, far_lse, state, log_mass, logit = gathered(
         rows, "out", "near", "far", "near_lse", "far_lse", "state", "log_mass", "mix"
@@ -348,7 +260,7 @@ class TestBypass:
     def seen(self):
         seen = make_seen("normalizer", (64, 4, 2))
         seen = Observation(seen.layer, torch.zeros_like(seen.q), torch.zeros_like(seen.k), seen.v, None)
-        set_mix(seen.layer, *calibrated_mix(seen))
+        fit_mix(seen)
         return seen
 
     @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -362,7 +274,7 @@ class TestBypass:
         mixer = seen.layer.mixer
         right = mixer.key_features
         mixer.key_features = lambda k: right(k) * torch.arange(1.0, k.shape[2] + 1)[:, None]
-        set_mix(seen.layer, *calibrated_mix(seen))
+        fit_mix(seen)
         with torch.no_grad():
             assert OBJECTIVES[objective](seen) > 1e-2
 
@@ -425,7 +337,7 @@ class TestWeights:
     @pytest.mark.parametrize("mix", MIXES)
     def test_training_brings_the_students_output_nearer(self, mix):
         seen = make_seen(mix, (96, 4, 2), batch=4)
-        set_mix(seen.layer, *calibrated_mix(seen))
+        fit_mix(seen)
         target = FarTarget(seen)
         optimizer = torch.optim.Adam(trained(seen).values(), lr=2e-2)
         losses = []
@@ -447,7 +359,7 @@ class TestWeights:
         seen = make_seen("normalizer", (64, 4, 2))
         zeros = Observation(seen.layer, torch.zeros_like(seen.q), torch.zeros_like(seen.k), seen.v, None)
         assert weights_loss(zeros) > 1e-3
-        set_mix(seen.layer, *calibrated_mix(zeros))
+        fit_mix(zeros)
         with torch.no_grad():
             assert weights_loss(zeros).abs() < 1e-6
 
@@ -472,129 +384,6 @@ class TestWeights:
             "'decomposed' or 'output'"
         )
         decomposed_loss(seen).backward()
-
-
-def student_log_odds(row, mix):
-    return row.mix + (row.log_mass - row.near_lse if mix == "normalizer" else 0)
-
-
-def log_odds_errors(seen):
-    """Teacher's far log-odds minus the student's, and the weights of calibration: each (H, N) of counted tokens."""
-    mix = seen.layer.linearize_config.mix
-    rows = truth(seen)
-    wanted = torch.cat([(row.far_lse - row.near_lse)[:, row.counted] for row in rows], 1)
-    got = torch.cat([student_log_odds(row, mix)[:, row.counted] for row in rows], 1).detach()
-    rho = (-wanted).sigmoid()
-    return wanted - got, rho * (1 - rho) + 1e-2
-
-
-def set_mix(layer, weight, bias):
-    layer.mix.weight.data.copy_(weight)
-    layer.mix.bias.data.copy_(bias)
-
-
-def observations(student, batch):
-    """What each layer saw of a batch."""
-    seen = []
-    observe(student, batch, seen.append)
-    return seen
-
-
-class TestCalibration:
-    @pytest.mark.parametrize("padding", ["full", "left"])
-    @pytest.mark.parametrize("mix", MIXES)
-    def test_no_head_is_off_on_average(self, mix, padding):
-        student = make_student("llama", mix, window=4, sinks=2)
-        tokens, mask = make_tokens(3, 64), None
-        if padding == "left":
-            tokens, mask = pad(tokens, [0, 11, 30], "left")
-        batch = {"input_ids": tokens} | ({} if mask is None else {"attention_mask": mask})
-        before = observations(student, batch)
-        assert len(before) == 3
-        for seen in before:
-            error, weight = log_odds_errors(seen)
-            assert ((error * weight).sum(-1) / weight.sum(-1)).abs().mean() > 0.1
-        calibrate(student, batch)
-        for seen in observations(student, batch):
-            error, weight = log_odds_errors(seen)
-            assert ((error * weight).sum(-1) / weight.sum(-1)).abs().max() < 1e-3
-
-    @pytest.mark.parametrize("mix", MIXES)
-    def test_beats_a_constant_a_head(self, mix):
-        """Keys that drift, so that how far and near compare depends on the query."""
-        seen = make_seen(mix, (128, 4, 2), factor=3.0)
-        drift = torch.linspace(0, 3, 128)[:, None] * torch.randn(KV_HEADS, 1, SIZE)
-        seen = Observation(seen.layer, seen.q, 0.3 * seen.k + drift, seen.v, None)
-        nothing = torch.zeros(HEADS, SIZE)
-        set_mix(seen.layer, nothing, torch.zeros(HEADS))
-        error, weight = log_odds_errors(seen)
-        constant = (error * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
-        spread = ((error - constant).square() * weight).sum(-1)
-        loss_of_constant = self.loss_with(seen, nothing, constant[:, 0])
-        loss = self.loss_with(seen, *calibrated_mix(seen))
-        error, _ = log_odds_errors(seen)
-        assert ((error.square() * weight).sum(-1) < 0.9 * spread).all()
-        assert loss < 0.95 * loss_of_constant
-
-    @staticmethod
-    def loss_with(seen, weight, bias):
-        set_mix(seen.layer, weight, bias)
-        with torch.no_grad():
-            return output_loss(seen)
-
-    @pytest.mark.parametrize("padding", ["left", "right", "holes"])
-    @pytest.mark.parametrize("mix", MIXES)
-    def test_padded_batches(self, mix, padding):
-        """The solution of weighted least squares over the counted tokens, by another solver."""
-        seen = make_seen(mix, padding=padding)
-        weight, bias = calibrated_mix(seen)
-        assert (weight.shape, bias.shape) == ((HEADS, SIZE), (HEADS,))
-        assert weight.dtype == bias.dtype == torch.float32
-        set_mix(seen.layer, torch.zeros(HEADS, SIZE), torch.zeros(HEADS))
-        wanted, importance = log_odds_errors(seen)
-        (queries,) = gathered(truth(seen), "q")
-        for h in range(HEADS):
-            inputs = torch.cat([queries[h], torch.ones(len(queries[h]), 1)], 1)
-            root = importance[h].sqrt()[:, None]
-            ridge = torch.eye(SIZE, SIZE + 1, dtype=torch.float64)  # on the weight only
-            solution = torch.linalg.lstsq(
-                torch.cat([inputs * root, ridge]), torch.cat([wanted[h, :, None] * root, torch.zeros(SIZE, 1)])
-            ).solution[:, 0]
-            torch.testing.assert_close(weight[h], solution[:-1].float(), rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(bias[h], solution[-1].float(), rtol=1e-3, atol=1e-4)
-
-    def test_exact_where_the_log_odds_are_linear(self):
-        """Keys that are all k0 have log Z_far = scale q.k0 + log of their number, and features that do not know q
-        have log n = log of their number + log of a constant: what is wanted is linear in q."""
-        seen = make_seen("normalizer", (256, 4, 2), batch=8, factor=6.0)
-        key = torch.randn(KV_HEADS, SIZE)
-        seen = Observation(seen.layer, seen.q, key[None, :, None].expand_as(seen.k), seen.v, None)
-        torch.nn.init.zeros_(seen.layer.mixer.query_weight)
-        weight, bias = calibrated_mix(seen)
-        k0 = key.repeat_interleave(HEADS // KV_HEADS, 0)
-        assert (weight - seen.layer.scaling * k0).abs().max() < 1e-3
-        assert (bias - torch.tensor(SIZE / 2).log()).abs().max() < 1e-3
-        set_mix(seen.layer, weight, bias)
-        error, _ = log_odds_errors(seen)
-        assert error.abs().max() < 0.02
-
-    def test_a_uniform_teacher_is_matched_exactly(self):
-        """q = k = 0: the far side is a mean, which the state holds, and its share follows from counting."""
-        seen = make_seen("normalizer", (64, 4, 2))
-        zeros = Observation(seen.layer, torch.zeros_like(seen.q), torch.zeros_like(seen.k), seen.v, None)
-        set_mix(seen.layer, *calibrated_mix(zeros))
-        with torch.no_grad():
-            assert decomposed_loss(zeros) < 1e-6
-            assert output_loss(zeros) < 1e-6
-
-    @pytest.mark.parametrize("mix", MIXES)
-    def test_nothing_to_learn_from_leaves_a_mix_of_zero(self, mix):
-        weight, bias = calibrated_mix(make_seen(mix, (8, 4, 2)))
-        assert not weight.any()
-        assert not bias.any()
-
-    def test_no_gradient(self):
-        assert not any(x.requires_grad for x in calibrated_mix(make_seen()))
 
 
 def test_losses_are_differentiable_through_the_share_at_its_ends():

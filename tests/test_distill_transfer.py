@@ -7,7 +7,7 @@ import torch
 
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention, state_off
 from linearize.convert import added_parameters, converted_layers, switch_of
-from linearize.distill.objectives import OBJECTIVES, calibrated_mix, first_far_query
+from linearize.distill.objectives import OBJECTIVES, first_far_query
 from linearize.distill.options import Budget, TransferOptions
 from linearize.distill.transfer import calibrate, observe, run_transfer, transfer_step
 from tests.cost import LargestTensor
@@ -18,7 +18,7 @@ MIXES = ("normalizer", "gate")
 
 
 def options(steps=3, **changes):
-    return TransferOptions(**({"budget": Budget(steps=steps)} | changes))
+    return TransferOptions(**({"budget": Budget(steps=steps), "calibration_tokens": 200} | changes))
 
 
 def backward(loss):
@@ -233,33 +233,6 @@ class TestStep:
             torch.testing.assert_close(value, losses[torch.float32][key], rtol=0.05, atol=0.0)
 
 
-class TestCalibrate:
-    @pytest.mark.parametrize("mix", MIXES)
-    def test_sets_every_mix_and_nothing_else(self, mix):
-        student = make_student("llama", mix)
-        batch = TokenRows(2, 40).at(0)
-        before = snapshot(student)
-        seen = []
-        observe(student, batch, seen.append)
-        expected = [calibrated_mix(one) for one in seen]
-        calibrate(student, batch)
-        for layer, (weight, bias) in zip(converted_layers(student).values(), expected):
-            assert torch.equal(layer.mix.weight, weight)
-            assert torch.equal(layer.mix.bias, bias)
-        assert unchanged(student, before, [name for name in before if ".mix." in name]) == []
-
-    def test_helps_before_any_training(self):
-        teacher, student = make_model("llama"), make_student("llama", "normalizer", window=8)
-        for layer in converted_layers(student).values():
-            layer.reset_parameters()
-        tokens = make_tokens(2, 128)
-        with torch.no_grad():
-            expected, before = teacher(tokens).logits, student(tokens).logits
-            calibrate(student, TokenRows(2, 128).at(0))
-            after = student(tokens).logits
-        assert divergence(after, expected) < 0.8 * divergence(before, expected)
-
-
 class TestRun:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     @pytest.mark.parametrize("mix", MIXES)
@@ -278,12 +251,13 @@ class TestRun:
                 return divergence(student(tokens).logits, teacher), near
 
         before, near = distances()
+        untrained = transfer_step(student, TokenRows(2, 128).at(0), objective, lambda loss: None)
         outcome = run_transfer(student, TokenRows(2, 128), options(60, objective=objective), tmp_path)
         after, near_after = distances()
         assert near_after == near
         assert after < 0.8 * before
         assert after < 0.65 * near
-        fallen = [key for key in outcome.first if outcome.last[key] < 0.92 * outcome.first[key]]
+        fallen = [key for key in outcome.first if outcome.last[key] < 0.92 * untrained[key]]
         assert "loss" in fallen
         assert len(fallen) >= 3
         assert outcome.first.keys() == outcome.last.keys() == {"loss", "layer.0", "layer.1", "layer.2"}
@@ -299,14 +273,26 @@ class TestRun:
         assert not any(p.requires_grad for p in student.parameters())
         assert all(p.grad is None or not p.grad.any() for p in student.parameters())
 
-    def test_calibrates_on_the_first_batch_and_trains_on_it_too(self, tmp_path):
+    def test_calibrates_on_the_first_batches_and_trains_on_them_too(self, tmp_path):
         rows = TokenRows(2, 40)
         student, other = (make_student("llama", "normalizer") for _ in range(2))
-        outcome = run_transfer(student, rows, options(1), tmp_path)
+        outcome = run_transfer(student, rows, options(1, calibration_tokens=100), tmp_path)
         assert rows.drawn == 1
-        calibrate(other, TokenRows(2, 40).at(0))
+        calibrate(other, TokenRows(2, 40), 100)
         losses = transfer_step(other, TokenRows(2, 40).at(0), "decomposed", lambda loss: None)
         assert outcome.first == {key: float(x) for key, x in losses.items()}
+
+    def test_without_calibration_it_starts_as_converted(self, tmp_path):
+        student, other = (make_student("llama", "normalizer") for _ in range(2))
+        outcome = run_transfer(student, TokenRows(2, 40), options(1, calibration_tokens=0), tmp_path)
+        losses = transfer_step(other, TokenRows(2, 40).at(0), "decomposed", lambda loss: None)
+        assert outcome.first == {key: float(x) for key, x in losses.items()}
+
+    def test_a_run_that_goes_on_is_not_calibrated_again(self, tmp_path, monkeypatch):
+        run_transfer(make_student("llama", "normalizer"), TokenRows(2, 40), options(2, warmup=0.0), tmp_path)
+        monkeypatch.setattr("linearize.distill.transfer.calibrate", None)
+        student = make_student("llama", "normalizer")
+        assert run_transfer(student, TokenRows(2, 40), options(3, warmup=0.0), tmp_path).steps == 3
 
     def test_log_has_a_loss_for_each_layer(self, tmp_path):
         student = make_student("llama", "gate", softmax_layers=[0])
@@ -357,7 +343,7 @@ class TestRun:
         with pytest.raises(LinearizeError) as error:
             run_transfer(make_student("llama", "none"), TokenRows(2, 40), options(), tmp_path)
         assert str(error.value) == (
-            "transfer: mixer 'none' has no state to train; convert with mixer 'hedgehog', or skip it"
+            "transfer: mixer 'none' has no far side of its own to teach; convert with mixer 'hedgehog', or skip it"
         )
 
     def test_a_model_that_is_not_converted(self, tmp_path):
