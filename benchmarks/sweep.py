@@ -1,0 +1,184 @@
+"""One recipe with one thing changed at a time, trained and measured alike: what each choice is worth.
+
+Run it as `python -m linearize.benchmarks.sweep SWEEP.yaml --out FOLDER`. The file:
+
+    recipe: base.yaml            # or a preset
+    set: [dtype=bfloat16]        # settings for all variants
+    rows: [student]              # measured of each variant
+    base_rows: [window + sinks, student]     # of the first one; the original comes by itself
+    evaluate: {text: [...], ...} # as in a recipe
+    variants:
+      base: []
+      no calibration: [stages.0.transfer.calibration_tokens=0]
+
+Each variant is a run of its own in FOLDER/<variant>, so a sweep that was stopped goes on where it was. sweep.json and
+sweep.md in FOLDER are written again after each variant.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.benchmarks.files import write_json, write_text
+from linearize.console import note
+from linearize.distill.options import EvaluateOptions
+from linearize.distill.recipe import load_recipe
+from linearize.distill.records import check_keys, convert_list
+from linearize.errors import LinearizeError
+
+__all__ = ["KIND", "Sweep", "load_sweep", "main", "run_sweep", "table"]
+
+KIND = "linearize.sweep"
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says; see the module. `variants` holds the settings of each, by name."""
+
+    recipe: str
+    settings: tuple[str, ...]
+    rows: tuple[str, ...]
+    base_rows: tuple[str, ...]
+    evaluate: EvaluateOptions
+    variants: dict[str, tuple[str, ...]]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep file; every variant's recipe is built once, so that a mistake shows before anything is trained.
+
+    Raises:
+        LinearizeError: a file or setting that does not fit, with the variant's name.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise LinearizeError(f"{file}: no such file; write one as `python -m linearize.benchmarks.sweep --help` says")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LinearizeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        given = check_keys(values, ["recipe", "set", "rows", "base_rows", "evaluate", "variants"])
+        lists = {key: _texts(given.get(key, default)) for key, default in _LISTS.items()}
+        variants = {str(name): _texts(settings) for name, settings in check_map(given.get("variants")).items()}
+        sweep = Sweep(
+            recipe=str(given["recipe"]),
+            settings=lists["set"],
+            rows=lists["rows"],
+            base_rows=lists["base_rows"],
+            evaluate=EvaluateOptions.from_dict(given.get("evaluate", {})),
+            variants=variants,
+        )
+    except KeyError as error:
+        raise LinearizeError(f"{file}: {error.args[0]}: nothing is given; name a recipe") from None
+    except LinearizeError as error:
+        raise LinearizeError(f"{file}: {error}") from None
+    folders: dict[str, str] = {}
+    for name, settings in variants.items():
+        other = folders.setdefault(_folder(name), name)
+        if other != name:
+            raise LinearizeError(f"{file}: variants: {other!r} and {name!r} would share a folder; rename one")
+        try:
+            load_recipe(sweep.recipe, (*sweep.settings, *settings))
+        except LinearizeError as error:
+            raise LinearizeError(f"{file}: variants: {name!r}: {error}") from None
+    return sweep
+
+
+_LISTS: dict[str, list[str]] = {"set": [], "rows": [STUDENT], "base_rows": [STUDENT]}
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return convert_list(value, str)
+
+
+def check_map(value: object) -> dict[Any, Any]:
+    """`value`, known to be a map with at least one entry."""
+    if not isinstance(value, dict) or not value:
+        raise LinearizeError("variants: nothing is given; name at least one, such as base: []")
+    return value
+
+
+def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
+    """Train and measure every variant that is not done; returns and writes sweep.json.
+
+    Raises:
+        LinearizeError: whatever a run refuses.
+    """
+    from linearize.job import Job
+    from linearize.tasks import evaluate_model
+
+    result: dict[str, Any] = {"kind": KIND, "schema": 1, "recipe": sweep.recipe, "variants": []}
+    for number, (name, settings) in enumerate(sweep.variants.items(), 1):
+        note(f"[{number}/{len(sweep.variants)}] {name}")
+        folder = out / _folder(name)
+        recipe = load_recipe(sweep.recipe, (*sweep.settings, *settings))
+        job = Job(recipe, folder)
+        student = job.run([STUDENT])[0]
+        rows = sweep.base_rows if number == 1 else sweep.rows
+        measured = evaluate_model(
+            str(student),
+            None,
+            sweep.evaluate,
+            folder / "evaluate.json",
+            recipe.dtype,
+            None,
+            recipe.seed,
+            rows=[row for row in rows if row != "original"],
+            # The original is the same for all: measured once.
+            work=out / "measurements",
+        )
+        result["variants"].append({"name": name, "settings": list(settings), "evaluate": measured})
+        write_json(out / "sweep.json", result)
+        write_text(out / "sweep.md", table(result))
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table of sweep.json: one line a variant and row, each with what was changed."""
+    from linearize.benchmarks.distillation_table import table as rows_table
+
+    text = rows_table([(variant["name"], variant["evaluate"]) for variant in result["variants"]])
+    lines, seen = [], set()
+    for line in text.splitlines():
+        # The original, measured with the first variant, is every variant's.
+        original = re.match(r"\| (.*): original \|", line)
+        if original is not None:
+            if "original" in seen:
+                continue
+            seen.add("original")
+            line = line.replace(f"{original[1]}: original", "original", 1)
+        lines.append(line)
+    changed = [f"- {v['name']}: {', '.join(f'`{s}`' for s in v['settings']) or 'as it is'}" for v in result["variants"]]
+    return "\n".join([*lines, "", "Variants:", "", *changed]) + "\n"
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m linearize.benchmarks.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", help="the YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the runs and of the table")
+    asked = parser.parse_args(words)
+    try:
+        run_sweep(load_sweep(asked.sweep), asked.out)
+    except LinearizeError as error:
+        sys.exit(f"error: {error}")
+    print(asked.out / "sweep.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Sweeps: one recipe with one thing changed at a time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from linearize.benchmarks.sweep import load_sweep, main, run_sweep
+from linearize.errors import LinearizeError
+from tests.saved_models import save_tiny_model
+
+VARIANTS = {"base": [], "No state, a longer stage": ["convert.mixer=none", "stages.0.distill.budget.steps=2"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    save_tiny_model(folder / "original")
+    (folder / "text.txt").write_text("\n".join(f"{number}. They keep what they saw.\n" for number in range(300)))
+    values = {
+        "model": str(folder / "original"),
+        "convert": {"window": 8, "sinks": 2},
+        "data": {"sources": [{"kind": "text", "path": str(folder / "text.txt")}], "seq_len": 64},
+        "stages": [{"distill": {"budget": {"steps": 1}, "lora_rank": 2}}],
+        "dtype": "float32",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def write(place: Path, **changes) -> Path:
+    values = {
+        "recipe": str(place / "recipe.yaml"),
+        "base_rows": ["window + sinks", "student"],
+        "evaluate": {
+            "text": [f"saw={place / 'text.txt'}"],
+            "tokens": 128,
+            "contexts": [64],
+            "needle_lengths": [],
+            "kl_tokens": 128,
+            "answers": 0,
+        },
+        "variants": VARIANTS,
+    } | changes
+    path = place / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    main([str(write(place)), "--out", str(place / "out")])
+    return place / "out"
+
+
+def test_every_variant_is_trained_and_measured(finished: Path):
+    found = json.loads((finished / "sweep.json").read_text())
+    assert [variant["name"] for variant in found["variants"]] == list(VARIANTS)
+    rows = [list(variant["evaluate"]["texts"]["saw"]["64"]["rows"]) for variant in found["variants"]]
+    assert rows == [["original", "window + sinks", "student"], ["original", "student"]]
+    steps = [variant["evaluate"]["tokens_seen"]["student"] for variant in found["variants"]]
+    assert steps == [64, 128]
+    recipe = yaml.safe_load((finished / "no-state-a-longer-stage" / "recipe.yaml").read_text())
+    assert recipe["convert"]["mixer"] == "none"
+
+
+def test_the_table(finished: Path):
+    lines = (finished / "sweep.md").read_text().splitlines()
+    assert [line.split(" |")[0] for line in lines[2:6]] == [
+        "| original",
+        "| base: window + sinks",
+        "| base: student",
+        "| No state, a longer stage: student",
+    ]
+    assert lines[-2:] == [
+        "- base: as it is",
+        "- No state, a longer stage: `convert.mixer=none`, `stages.0.distill.budget.steps=2`",
+    ]
+
+
+def test_a_stopped_sweep_goes_on(place: Path, finished: Path, monkeypatch, tmp_path: Path):
+    """Finished variants are neither trained nor measured again, and the original is measured once."""
+    before = (finished / "sweep.json").read_text()
+    measured = []
+    monkeypatch.setattr("linearize.benchmarks.evaluate._measure", lambda rows, missing, *rest: measured.append(missing))
+    run_sweep(load_sweep(write(place)), finished)
+    assert all(not any(work.values()) for work in measured)
+    after, earlier = json.loads((finished / "sweep.json").read_text()), json.loads(before)
+    for new, old in zip(after["variants"], earlier["variants"], strict=True):
+        assert new["evaluate"]["texts"] == old["evaluate"]["texts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {}}, "variants: nothing is given; name at least one"),
+        ({"variants": {"A b": [], "a-b": []}}, "variants: 'A b' and 'a-b' would share a folder; rename one"),
+        (
+            {"variants": {"x": ["convert.windw=3"]}},
+            "variants: .x.: .*convert.windw: unknown key, did you mean",
+        ),
+        ({"recipe": "demmo"}, "'demmo': unknown, did you mean 'demo'"),
+        ({"rwos": []}, "rwos: unknown key, did you mean 'rows'"),
+        ({"evaluate": {"tokens": 1}}, "tokens: 1 is out of range"),
+    ],
+)
+def test_mistakes_show_before_anything_is_trained(place: Path, changes, message):
+    with pytest.raises(LinearizeError, match=message):
+        load_sweep(write(place, **changes))
+
+
+def test_no_file(tmp_path: Path):
+    with pytest.raises(LinearizeError, match=r"nowhere.yaml: no such file"):
+        load_sweep(tmp_path / "nowhere.yaml")
