@@ -25,6 +25,7 @@ from tests.saved_models import save_tiny_model
 COMMANDS = (
     ["inspect"],
     ["convert"],
+    ["select"],
     ["distill"],
     ["run"],
     ["evaluate"],
