@@ -645,7 +645,7 @@ class TestBadInputs:
             ({"window": 0}, "window 0 is below 1; use at least 1"),
             ({"window": -3}, "window -3 is below 1; use at least 1"),
             ({"sinks": -1}, "sinks -1 is below 0; use 0 for none"),
-            ({"mix": "blend"}, "mix 'blend' is unknown; known: normalizer, gate"),
+            ({"mix": "blend"}, "mix 'blend' is unknown; known: normalizer, gate, peak"),
             ({"backend": "cuda"}, "backend 'cuda' is unknown; known: auto, reference, torch, triton"),
             (
                 {"mix_logit": torch.zeros(2)},
