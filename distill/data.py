@@ -7,14 +7,16 @@ the rest of an epoch. The position is a few integers a source, so restoring it c
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linearize.distill.encoding import Encoded, encode
 from linearize.distill.options import DataOptions, Source
-from linearize.distill.sources import Content, Documents, FixedDocuments, Part, open_documents
+from linearize.distill.sources import Documents, FixedDocuments, Part, open_documents
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:
@@ -23,7 +25,15 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "TokenStream", "build_stream", "model_inputs"]
 
 Batch = dict[str, torch.Tensor]
-"""`input_ids` (B, T) int64 and, where some token is padding, `attention_mask` (B, T) int64, 1 on real tokens."""
+"""`input_ids` (B, T) int64, and as far as a batch needs them, all (B, T) int64:
+
+attention_mask: 1 on real tokens, where some token is padding.
+position_ids: 0 at every document's first token and up by 1 from there, where some row has several documents. A row
+    that goes on with a document of the row before begins at 0 too.
+loss_mask: 1 on tokens that count as targets of end-to-end losses, where some real token does not (a chat's questions).
+
+attention_mask and position_ids are never together. `model_inputs` leaves out what is not for the model.
+"""
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -99,7 +109,7 @@ class TokenStream(Iterator[Batch]):
             )
         self._padding = pad if pad is not None else (eos or 0)
         self._readers = [
-            _Reader(source, docs, f"{seed} {index}", lambda content: encode(tokenizer, content))
+            _Reader(source, docs, f"{seed} {index}", tokenizer)
             for index, (source, docs) in enumerate(zip(sources, documents))
         ]
         told = [
@@ -110,12 +120,21 @@ class TokenStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         rows = [self._row() for _ in range(self._options.batch_size)]
-        seq_len = self._options.seq_len
-        ids = torch.tensor([row + [self._padding] * (seq_len - len(row)) for row in rows])
-        if all(len(row) == seq_len for row in rows):
-            return {"input_ids": ids}
-        lengths = torch.tensor([[len(row)] for row in rows])
-        return {"input_ids": ids, "attention_mask": (torch.arange(seq_len) < lengths).long()}
+        length = self._options.seq_len
+        column = torch.arange(length)
+        missing = [length - len(row.ids) for row in rows]
+        batch = {"input_ids": torch.tensor([row.ids + [self._padding] * some for row, some in zip(rows, missing)])}
+        if any(missing):
+            batch["attention_mask"] = (column < length - torch.tensor(missing)[:, None]).long()
+        if any(len(row.begins) > 1 for row in rows):
+            begins = torch.zeros(len(rows), length, dtype=torch.int64)
+            for index, row in enumerate(rows):
+                begins[index, row.begins] = torch.tensor(row.begins)
+            batch["position_ids"] = column - begins.cummax(1).values
+        if not all(all(row.counted) for row in rows):
+            counted = [[*map(int, row.counted), *[0] * some] for row, some in zip(rows, missing)]
+            batch["loss_mask"] = torch.tensor(counted)
+        return batch
 
     def skip(self, batches: int) -> None:
         """Go on as if that many batches had been drawn; no tensor is built.
@@ -163,8 +182,8 @@ class TokenStream(Iterator[Batch]):
             if document is None:
                 live.remove(index)
             else:
-                drawn[index] += len(document)
-                ids += document
+                drawn[index] += len(document.ids)
+                ids += document.ids
         return torch.tensor(ids[:limit])
 
     def check(self) -> None:
@@ -180,34 +199,57 @@ class TokenStream(Iterator[Batch]):
             return
         needed = self._options.seq_len if self._options.packing == "packed" else SHORTEST_DOCUMENT
         for reader in self._readers:
-            found = 0
+            found, counted = 0, False
             for document in reader.once():
-                found += len(document)
-                if found >= needed:
+                found += len(document.ids)
+                counted = counted or document.counted is None or any(document.counted)
+                if found >= needed and counted:
                     break
             else:
+                if found >= needed:
+                    raise LinearizeError(
+                        f"data source {reader.name}: none of its chats has an answer, a message of role 'assistant' "
+                        "that is not empty; give chats that have, or set the source's loss to all"
+                    )
                 raise LinearizeError(
                     f"data source {reader.name}: its train part has {found} tokens, one row needs {needed}; "
                     f"give more text, or lower data.seq_len or data.held_out ({self._options.held_out})"
                 )
 
-    def _row(self) -> list[int]:
+    def _row(self) -> "_Row":
         reader = min(self._readers, key=lambda reader: reader.drawn / reader.weight)
         if self._options.packing == "packed":
             return reader.take(self._options.seq_len)
         return reader.take_document(self._options.seq_len)
 
 
+@dataclass
+class _Row:
+    """Tokens, whether each counts as a target, and the columns where documents begin, column 0 among them."""
+
+    ids: list[int] = field(default_factory=list)
+    counted: list[bool] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+
+    def add(self, document: Encoded, start: int, stop: int) -> None:
+        """Append a part of a document."""
+        piece = document.ids[start:stop]
+        self.begins.append(len(self.ids))
+        self.ids += piece
+        self.counted += [True] * len(piece) if document.counted is None else document.counted[start:stop]
+
+
 class _Reader:
     """One source's documents in shuffled order, epoch after epoch."""
 
-    def __init__(self, source: Source, documents: Documents, seed: str, encode: Callable[[Content], list[int]]) -> None:
+    def __init__(self, source: Source, documents: Documents, seed: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.name = source.kind if source.path is None else f"{source.kind} {source.path}"
         self.weight = source.weight
         self.drawn = 0
         self._documents = documents
         self._seed = seed
-        self._encode = encode
+        self._tokenizer = tokenizer
+        self._loss = source.loss
         self.seek((0, 0, 0, 0))
 
     def position(self) -> list[int]:
@@ -216,43 +258,47 @@ class _Reader:
     def seek(self, position: Sequence[int]) -> None:
         self._epoch, self._document, self._offset, self.drawn = position
         self._order = self._shuffled()
-        self._current: list[int] | None = None
+        self._current: Encoded | None = None
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> _Row:
         """The next `count` tokens, across documents and epochs."""
-        row: list[int] = []
-        while len(row) < count:
-            current = self._load()
-            piece = current[self._offset : self._offset + count - len(row)]
-            row += piece
-            self._offset += len(piece)
-            if self._offset == len(current):
+        row = _Row()
+        while len(row.ids) < count:
+            document = self._load()
+            start = self._offset
+            self._offset = min(start + count - len(row.ids), len(document.ids))
+            if self._offset > start:
+                row.add(document, start, self._offset)
+            if self._offset == len(document.ids):
                 self._advance()
         self.drawn += count
         return row
 
-    def take_document(self, most: int) -> list[int]:
+    def take_document(self, most: int) -> _Row:
         """The next document, cut to `most` tokens."""
-        row: list[int] = []
-        while len(row) < SHORTEST_DOCUMENT:
-            row = self._load()[:most]
+        while len((document := self._load()).ids) < SHORTEST_DOCUMENT:
             self._advance()
-        self.drawn += len(row)
+        self._advance()
+        row = _Row()
+        row.add(document, 0, most)
+        self.drawn += len(row.ids)
         return row
 
-    def once(self) -> Iterator[list[int]]:
+    def once(self) -> Iterator[Encoded]:
         """Every document of at least two tokens, in the source's own order."""
         for index in range(len(self._documents)):
-            content = self._documents.get(index)
-            ids = [] if content is None else self._encode(content)
-            if len(ids) >= SHORTEST_DOCUMENT:
-                yield ids
+            document = self._encoded(index)
+            if len(document.ids) >= SHORTEST_DOCUMENT:
+                yield document
 
-    def _load(self) -> list[int]:
+    def _load(self) -> Encoded:
         if self._current is None:
-            content = self._documents.get(int(self._order[self._document]))
-            self._current = [] if content is None else self._encode(content)
+            self._current = self._encoded(int(self._order[self._document]))
         return self._current
+
+    def _encoded(self, index: int) -> Encoded:
+        content = self._documents.get(index)
+        return Encoded([]) if content is None else encode(self._tokenizer, content, self._loss)
 
     def _advance(self) -> None:
         self._current = None
@@ -267,31 +313,6 @@ class _Reader:
         digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randperm(len(self._documents), generator=generator)
-
-
-def encode(tokenizer: "PreTrainedTokenizerBase", content: Content) -> list[int]:
-    """A document as token ids, ended by the end-of-text token; `[]` if it has no tokens of its own.
-
-    Raises:
-        LinearizeError: chat messages for a tokenizer without a chat template.
-    """
-    if isinstance(content, str):
-        # With what the tokenizer puts around a text by default, such as Llama's first token.
-        ids = list(tokenizer(content, verbose=False)["input_ids"]) if content.strip() else []
-    elif content and isinstance(content[0], dict):
-        if tokenizer.chat_template is None:
-            raise LinearizeError(
-                "tokenizer: it has no chat template, which chat messages need; use an instruct model's tokenizer, set "
-                "tokenizer.chat_template, or give plain texts"
-            )
-        ids = list(tokenizer.apply_chat_template(content, tokenize=True, return_dict=False))
-    else:
-        ids = [int(token) for token in content]  # type: ignore[arg-type]
-    eos = tokenizer.eos_token_id
-    # Chat templates end with it already, most of them followed by a line break.
-    if ids and eos is not None and eos not in ids[-2:]:
-        ids.append(eos)
-    return ids
 
 
 def _generated(

@@ -76,9 +76,15 @@ def test_packed_rows_are_the_documents_in_a_row(tokenizer, numbered):
     flat = []
     while len(flat) < 2 * len(everything):
         batch = next(stream)
-        assert batch.keys() == {"input_ids"}
-        assert batch["input_ids"].shape == (3, 32)
-        assert batch["input_ids"].dtype == torch.int64
+        assert batch.keys() == {"input_ids", "position_ids"}
+        for x in batch.values():
+            assert (x.shape, x.dtype) == ((3, 32), torch.int64)
+        for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist()):
+            # The end-of-text token is the last of the document that it ends; a row begins anew.
+            expected = []
+            for before in [EOS, *ids[:-1]]:
+                expected.append(0 if before == EOS else expected[-1] + 1)
+            assert positions == expected
         flat += batch["input_ids"].flatten().tolist()
     documents = sorted(tokenizer.decode(everything).split("<eos>"))
     epochs = [flat[: len(everything)], flat[len(everything) : 2 * len(everything)]]
@@ -86,6 +92,12 @@ def test_packed_rows_are_the_documents_in_a_row(tokenizer, numbered):
     assert all(sorted(order) == documents for order in orders), "each epoch has every document once, whole"
     assert orders[0] != orders[1]
     assert len(documents) == 41  # the last is what follows the last end of text: nothing
+
+
+def test_rows_of_one_document_have_no_positions(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "x" * 63}])
+    stream = build_stream(data(Source(kind="jsonl", path=path), held_out=0), tokenizer, seed=0)
+    assert all(next(stream).keys() == {"input_ids"} for _ in range(4)), "two rows a document: neither has two"
 
 
 def test_document_rows(tokenizer, tmp_path):
