@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from linearize.benchmarks.inference import TOKENS_AT_ONCE, device_of, hidden_states, inference, output_head
 from linearize.benchmarks.items import AnyItem, Contexts, Item
-from linearize.benchmarks.resampling import interval, mean_interval
+from linearize.benchmarks.resampling import RESAMPLES, interval, mean_interval, resampled_interval
 from linearize.errors import LinearizeError
 
-__all__ = ["encode_choices", "multiple_choice", "retention", "score_items", "summarise_choices", "summarise_words"]
+__all__ = [
+    "encode_choices",
+    "mean_retention",
+    "multiple_choice",
+    "retention",
+    "score_items",
+    "summarise_choices",
+    "summarise_words",
+]
 
 # Scored positions whose logits are made at once: 512 x 49k entries are 100 MB in float32.
 SCORED_AT_ONCE = 512
@@ -110,7 +118,9 @@ def _scored_tokens(model: nn.Module, sequences: Sequence[tuple[list[int], int]])
     every scored token, on the CPU."""
     longest = max(len(tokens) for tokens, _ in sequences) - 1
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, (tokens, first) in enumerate(sequences):
         ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
         rows += [row] * (len(tokens) - first)
@@ -198,12 +208,51 @@ def retention(hits: Tensor, reference: Tensor, chance: Tensor, seed: int = 0) ->
     return {"value": float((hits - chance).mean()) / above, "ci95": interval(ratio, len(hits), seed)}
 
 
+def mean_retention(tasks: Sequence[Mapping[str, Any]], baseline: str, seed: int = 0) -> dict[str, Any]:
+    """What each row keeps over all tasks: (mean s - mean r) / (mean t - mean r), means over tasks, each weighing the
+    same. The interval resamples the items of every task.
+
+    Args:
+        tasks: parts of evaluate.json, as `summarise_choices` and `summarise_words` return them.
+        baseline: the row that gives t.
+        seed: of the resampling.
+
+    Returns:
+        The `"task_mean"` part of evaluate.json; see `linearize.benchmarks.evaluate`.
+    """
+    chance = sum(task["chance"] for task in tasks) / len(tasks)
+    hits = {row: [_hits(task, row) for task in tasks] for row in tasks[0]["rows"]}
+    reference, rows = hits[baseline], {}
+    draws = []
+    for number, values in enumerate(reference):
+        generator = torch.Generator().manual_seed(seed + number)
+        draws.append(torch.randint(len(values), (RESAMPLES, len(values)), generator=generator))
+    whole = torch.stack([values[index].mean(1) for values, index in zip(reference, draws)]).mean(0) - chance
+    above = float(torch.stack([values.mean() for values in reference]).mean()) - chance
+    for row, own in hits.items():
+        accuracy = float(torch.stack([values.mean() for values in own]).mean())
+        kept = torch.stack([values[index].mean(1) for values, index in zip(own, draws)]).mean(0) - chance
+        ratio = torch.where(whole > 0, kept / whole, torch.nan)
+        known: dict[str, Any] = {"value": None, "ci95": None}
+        if above > 0:
+            known = {"value": (accuracy - chance) / above, "ci95": resampled_interval(ratio, sum(map(len, own)))}
+        rows[row] = {"accuracy": accuracy, "retention_over_chance": known}
+    return {"tasks": len(tasks), "chance": chance, "rows": rows}
+
+
+def _hits(task: Mapping[str, Any], row: str) -> Tensor:
+    """Per item, 1 where the row is right: by log-likelihood per byte where there are choices."""
+    scores = task["rows"][row]
+    return torch.tensor([int(hit) for hit in scores.get("normalised", scores["raw"])["hits"]], dtype=torch.float64)
+
+
 def _choices(item: Item | Contexts) -> int:
     return len(item.choices if isinstance(item, Item) else item.contexts)
 
 
 def _score(hits: Tensor, reference: Tensor, chance: Tensor, seed: int) -> dict[str, Any]:
     return {
+        "hits": "".join(str(int(hit)) for hit in hits),
         "accuracy": float(hits.mean()),
         "ci95": mean_interval(hits, seed),
         "retention": retention(hits, reference, torch.zeros_like(chance), seed),

@@ -11,6 +11,9 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
      "texts": {TEXT: {CONTEXT: PERPLEXITY}},                            contexts are written as in "1024"
      "choices": null | CHOICES,                                         the first task with choices
      "tasks": {TASK: CHOICES | WORDS},
+     "task_mean": null | {                                              over all tasks, each weighing the same
+        "tasks": int, "chance": float,
+        "rows": {ROW: {"accuracy": float, "retention_over_chance": KEPT}}},
      "needle": null | {
         "candidates": 10, "chance_first": 0.1,
         "rows": {ROW: {FRACTIONS,
@@ -29,6 +32,7 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
             "mean_length": float,                                       tokens
             "length_ratio": float | null, "length_ratio_ci95": ci95,    over the original's
             "answers": [str, ...]}}},
+     "tokens_seen": {ROW: int},                                         trained on, where it is known
      "notes": [str, ...],
      "machine": {...}}                                                  see linearize.benchmarks.machine
 
@@ -47,7 +51,8 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
     WORDS     = {"n_items": int, "chance": 0,
                  "rows": {ROW: {"raw": SCORE,                           greedy decoding writes the word
                                 "log_likelihood": float | null, "log_likelihood_ci95": ci95}}}
-    SCORE     = {"accuracy": float, "ci95": ci95, "retention": KEPT, "retention_over_chance": KEPT}
+    SCORE     = {"hits": str,                                           a 1 or 0 an item
+                 "accuracy": float, "ci95": ci95, "retention": KEPT, "retention_over_chance": KEPT}
     KEPT      = {"value": float | null, "ci95": ci95}
     FRACTIONS = "trials": int, "greedy": float, "first": float, "mean_rank": float
 """
@@ -60,7 +65,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.benchmarks.choices import score_items, summarise_choices, summarise_words
+from linearize.benchmarks.choices import mean_retention, score_items, summarise_choices, summarise_words
 from linearize.benchmarks.divergence import Reference, divergence, reference_states, summarise_divergence
 from linearize.benchmarks.generation import answer, encode_prompts, load_prompts, summarise_answers
 from linearize.benchmarks.inference import Rows, progress_bar
@@ -334,9 +339,11 @@ def _result(
         "texts": parts["perplexity"],
         "choices": next(with_choices, None),
         "tasks": parts["choices"],
+        "task_mean": mean_retention(list(parts["choices"].values()), BASELINE, seed) if parts["choices"] else None,
         "needle": parts["needle"].get(""),
         "kl": parts["kl"].get(""),
         "generation": parts["generation"].get(""),
+        "tokens_seen": {},
         "notes": _notes(texts, options),
         "machine": machine_info(seed),
     }

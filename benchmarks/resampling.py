@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-__all__ = ["RESAMPLES", "interval", "mean_interval"]
+__all__ = ["RESAMPLES", "interval", "mean_interval", "resampled_interval"]
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -49,8 +49,12 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0) -> li
     if n < 2:
         return None
     generator = torch.Generator().manual_seed(seed)
-    values = statistic(torch.randint(n, (RESAMPLES, n), generator=generator)).double()
-    tail = _tail(n)
+    return resampled_interval(statistic(torch.randint(n, (RESAMPLES, n), generator=generator)), n)
+
+
+def resampled_interval(values: Tensor, n: int) -> list[float] | None:
+    """The same from a statistic's values over resamples, (resamples,), of n samples."""
+    values, tail = values.double(), _tail(n)
     if (~values.isfinite()).double().mean() > tail:
         return None
     values = values[values.isfinite()]

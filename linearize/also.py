@@ -13,9 +13,10 @@ from linearize.errors import LinearizeError
 from linearize.models import load_model, load_weights, resolve
 from linearize.rows import CONTROL, WINDOW, Rows
 
-__all__ = ["also_rows", "row_identities"]
+__all__ = ["also_rows", "row_identities", "tokens_seen"]
 
 PEFT_FILE = "adapter_config.json"
+TRAIN_LOG = "train.jsonl"
 
 
 def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtype: torch.dtype, device: str) -> Rows:
@@ -60,6 +61,42 @@ def _loader(folder: str, base: str | None, lora: bool, dtype: torch.dtype, devic
             yield load_model(folder, dtype, device, base=base if adapter else None, merge=False)[0]
 
     return enter
+
+
+def tokens_seen(rows: Iterable[str], run: Path | None, also: Iterable[str] = ()) -> dict[str, int]:
+    """How many tokens each row was trained on, by the log of its run; a row whose run is not known has none.
+
+    Args:
+        rows: their names.
+        run: the folder of the run that the student is from, or None.
+        also: as given to `also_rows`; a folder inside of a run, such as RUN/student, is known by that run.
+    """
+    folders = {text.partition("=")[0].strip(): Path(text.partition("=")[2].strip()) for text in also}
+    found: dict[str, int] = {}
+    for row in rows:
+        if row in ("original", "window + sinks"):
+            found[row] = 0
+            continue
+        folder = folders.get(row)
+        if folder is not None:
+            log, role = folder.parent / TRAIN_LOG, folder.name
+        elif run is not None:
+            log, role = run / TRAIN_LOG, {"control": CONTROL, "window + sinks, trained": WINDOW}.get(row, "student")
+        else:
+            continue
+        if log.is_file():
+            found[row] = _logged_tokens(log, role)
+    return found
+
+
+def _logged_tokens(log: Path, role: str) -> int:
+    """Tokens of all stages of one role: a stage's last line has its sum, and `control-2` is the control's second."""
+    from linearize.benchmarks.report import read_train_log
+
+    last = {str(record["stage"]): int(record["tokens"]) for record in read_train_log(log)}
+    beside = (CONTROL, WINDOW)
+    mine = [stage for stage in last if (stage.split("-")[0] if stage.split("-")[0] in beside else "student") == role]
+    return sum(last[stage] for stage in mine)
 
 
 def row_identities(

@@ -78,7 +78,7 @@ def evaluate_model(
         also: more rows, see `also_rows`.
         work: the folder of finished measurements; None is OUT.work beside the JSON.
     """
-    from linearize.also import also_rows, row_identities
+    from linearize.also import also_rows, row_identities, tokens_seen
     from linearize.benchmarks.evaluate import BASELINE, MEASUREMENTS, evaluate_rows
     from linearize.benchmarks.files import write_json
     from linearize.benchmarks.work import Work
@@ -111,6 +111,7 @@ def evaluate_model(
     identities = row_identities(found, model, below, name, run_folder(name), also)
     kept = Work(out.with_suffix(".work") if work is None else work, identities)
     result = evaluate_rows(found, tokenizer, texts, options, seed, kept, MEASUREMENTS if only is None else only)
+    result["tokens_seen"] = tokens_seen(found, run_folder(name), also)
     result["notes"].append(_near_side(model))
     write_json(out, result)
     return result

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.benchmarks.choices import (
     encode_choices,
+    mean_retention,
     multiple_choice,
     score_items,
     summarise_choices,
@@ -168,3 +169,82 @@ def test_load_items_needs_a_file_with_items(tmp_path):
     empty.write_text("\n", encoding="utf-8")
     with pytest.raises(LinearizeError, match="holds no items"):
         load_items(empty)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"context_options": ["a"], "continuation": "b", "gold": 0}', "context_options is .* two or more texts"),
+        (
+            '{"context_options": ["a", "b"], "continuation": " ", "gold": 0}',
+            "continuation is ' ', expected",
+        ),
+        ('{"context": "a", "continuation": ""}', "continuation is '', expected a text that is not empty"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": 0}\n{"context": "a", "continuation": "b"}', ":2: another kind"),
+    ],
+)
+def test_other_kinds_are_checked_too(tmp_path, line, message):
+    path = tmp_path / "items.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(LinearizeError, match=message):
+        load_items(path)
+
+
+def whole_score(model, tokenizer, before: str, after: str) -> tuple[float, bool]:
+    """Log-likelihood of `after` and whether it is what greedy decoding writes, from one sequence alone."""
+    ids = torch.tensor([tokenizer(before + after)["input_ids"]])
+    with torch.inference_mode():
+        logits = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0, :-1][-len(after) :]
+    targets = ids[0, -len(after) :]
+    return float(logits.gather(-1, targets[:, None]).sum()), bool((logits.argmax(-1) == targets).all())
+
+
+def test_contexts_and_last_words_equal_whole_sequences(model, tmp_path):
+    tokenizer = tiny_tokenizer()
+    path = tmp_path / "winogrande.jsonl"
+    path.write_text('{"context_options": ["so Ann", "so the other"], "continuation": "left.", "gold": 1}\n')
+    (item,) = load_items(path)
+    assert item == Contexts(("so Ann", "so the other"), "left.", 1)
+    # What greedy decoding writes, and something else: the flag has to tell them apart.
+    prompt, allowed = "The last word is ", tokenizer("".join(map(chr, range(33, 127))))["input_ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+    best = tokenizer.decode([int(logits.argmax())])
+    assert int(logits.argmax()) in allowed
+    words = [LastWord(prompt, best), LastWord(prompt, "q" if best != "q" else "z")]
+    (contexts,) = score_items(model, tokenizer, [item])
+    for context, (value, greedy) in zip(item.contexts, contexts):
+        want = whole_score(model, tokenizer, context, " left.")
+        assert (value, greedy) == (pytest.approx(want[0], rel=1e-4), want[1])
+    scored = [one for (one,) in score_items(model, tokenizer, words)]
+    assert [greedy for _, greedy in scored] == [True, False]
+    assert scored[0][0] == pytest.approx(whole_score(model, tokenizer, prompt, best)[0], rel=1e-4)
+
+
+def test_last_words_count_greedy_ones_and_nobody_guesses():
+    scores = {"original": [(-1.0, True), (-2.0, True), (-3.0, False)] * 20}
+    scores["student"] = [(-2.0, True), (-2.0, False), (float("nan"), True)] * 20
+    summary = summarise_words(scores, "original")
+    original, student = summary["rows"]["original"], summary["rows"]["student"]
+    assert summary["chance"] == 0
+    assert original["log_likelihood"] == pytest.approx(-2)
+    assert student["log_likelihood"] is None
+    assert student["raw"]["accuracy"] == pytest.approx(1 / 3)  # a likelihood that is not finite is wrong
+    assert student["raw"]["retention_over_chance"]["value"] == pytest.approx(0.5)
+    assert student["raw"]["hits"] == "100" * 20
+
+
+def test_mean_retention_weighs_tasks_the_same():
+    items = [Item("q", ("a", "b", "c", "d"), 0)] * 200
+    scores = {
+        "original": make_scores([n < 150 for n in range(200)]),
+        "student": make_scores([n < 100 for n in range(200)]),
+    }
+    words = {"original": [(-1.0, n < 40) for n in range(50)], "student": [(-1.0, n < 10) for n in range(50)]}
+    tasks = [summarise_choices(scores, items, "original"), summarise_words(words, "original")]
+    mean = mean_retention(tasks, "original")
+    assert mean["chance"] == 0.125
+    kept = mean["rows"]["student"]["retention_over_chance"]
+    assert kept["value"] == pytest.approx(((0.5 + 0.2) / 2 - 0.125) / ((0.75 + 0.8) / 2 - 0.125))
+    assert kept["ci95"][0] < kept["value"] < kept["ci95"][1]
+    assert mean["rows"]["original"]["retention_over_chance"] == {"value": 1.0, "ci95": [1.0, 1.0]}

@@ -11,9 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from linearize import LinearizeConfig, convert
 from linearize.benchmarks.evaluate import evaluate_rows
 from linearize.benchmarks.files import read_json, write_json
+from linearize.benchmarks.work import Work
 from linearize.distill.options import EvaluateOptions
 from linearize.errors import LinearizeError
 from linearize.rows import comparison_rows
+from linearize.tables import print_evaluation
 from tests.tiny_tokenizer import tiny_tokenizer
 
 TEXTS = {"fox": torch.tensor(tiny_tokenizer()("the quick brown fox jumps over the lazy dog, " * 12)["input_ids"])}
@@ -136,6 +138,97 @@ def test_bad_options_are_refused_before_a_row_is_entered(changes, message):
 def test_a_row_named_original_is_needed():
     with pytest.raises(LinearizeError, match=r"rows: \['student'\] have no 'original'"):
         evaluate_rows({"student": lambda: nullcontext(None)}, tiny_tokenizer(), TEXTS, make_options())
+
+
+def write_tasks(folder) -> tuple[str, ...]:
+    """A file of each kind of question."""
+    files = {
+        "arc": {"query": "the quick", "choices": ["brown fox", "cheese"], "gold": 0},
+        "winogrande": {"context_options": ["the fox", "the dog"], "continuation": "jumps", "gold": 0},
+        "lambada": {"context": "the lazy", "continuation": "dog"},
+    }
+    for name, item in files.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(item) + "\n") * 4, encoding="utf-8")
+    return tuple(str(folder / f"{name}.jsonl") for name in files)
+
+
+def test_texts_contexts_and_tasks_side_by_side(tmp_path):
+    rows = comparison_rows(convert(make_model(), LinearizeConfig(window=8, sinks=2)))
+    texts = {"a": TEXTS["fox"], "b": TEXTS["fox"].flip(0)}
+    options = make_options(contexts=(50, 100), choices=write_tasks(tmp_path), kl_tokens=200, answers=2)
+    result = evaluate_rows(rows, tiny_tokenizer(), texts, options)
+    assert {name: list(found) for name, found in result["texts"].items()} == {"a": ["50", "100"], "b": ["50", "100"]}
+    assert result["perplexity"] == result["texts"]["a"]["50"]
+    assert [result["texts"]["a"][key]["n_sequences"] for key in ("50", "100")] == [8, 4]
+    assert list(result["tasks"]) == ["arc", "winogrande", "lambada"]
+    assert result["choices"] == result["tasks"]["arc"]
+    assert [result["tasks"][name]["chance"] for name in result["tasks"]] == [0.5, 0.5, 0]
+    assert result["task_mean"]["chance"] == pytest.approx(1 / 3)
+    kl = result["kl"]
+    assert (kl["text"], kl["seq_len"], kl["n_tokens"]) == ("a", 50, 200)
+    assert list(kl["rows"]) == [row for row in rows if row != "original"]
+    assert all(row["kl"] > 1e-3 for row in kl["rows"].values())
+    assert result["generation"]["n_prompts"] == 2
+    titles = ["perplexity a", "perplexity b", "choices arc", "choices winogrande", "choices lambada", "needle"]
+    assert list(result["seconds_by_measurement"]["original"]) == [*titles, "generation"]
+    assert list(result["seconds_by_measurement"]["student"]) == [*titles, "kl", "generation"]
+    print_evaluation(result)
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle."""
+
+
+def test_a_stopped_evaluation_goes_on_and_measures_nothing_twice(tmp_path):
+    model = convert(make_model(), LinearizeConfig(window=8, sinks=2))
+    options = make_options(choices=write_tasks(tmp_path), kl_tokens=100, answers=2)
+    entered = []
+
+    def counted(dies: str = ""):
+        @contextmanager
+        def enter(name, row):
+            entered.append(name)
+            if name == dies:
+                raise Killed
+            with row() as found:
+                yield found
+
+        return {name: lambda name=name, row=row: enter(name, row) for name, row in comparison_rows(model).items()}
+
+    def run(rows, seed=0, **more):
+        work = Work(tmp_path / "work", {row: row for row in rows})
+        return evaluate_rows(rows, tiny_tokenizer(), TEXTS, options, seed, work, **more)
+
+    whole = evaluate_rows(comparison_rows(model), tiny_tokenizer(), TEXTS, options)
+    with pytest.raises(Killed):
+        run(counted(dies="student, state off"))
+    assert entered == ["original", "window + sinks", "student", "student, state off"]
+    entered.clear()
+    again = run(counted())
+    # The original is entered once more: KL compares the rows that are left with it.
+    assert entered == ["original", "student, state off", "student, window off"]
+    changing = ("seconds", "seconds_by_measurement", "machine")
+    assert {k: v for k, v in again.items() if k not in changing} == {
+        k: v for k, v in whole.items() if k not in changing
+    }
+    entered.clear()
+    assert run(counted())["texts"] == whole["texts"]
+    assert entered == []
+    # Another setting is another measurement: a new choice of numbers and stretches for the needles, nothing else.
+    other = run(counted(), seed=1, only=["needle"])
+    assert entered == list(comparison_rows(model))
+    assert other["texts"].keys() == whole["texts"].keys()
+
+
+def test_only_some_measurements_and_rows(tmp_path):
+    model = convert(make_model(), LinearizeConfig(window=8, sinks=2))
+    rows = {name: row for name, row in comparison_rows(model).items() if name in ("original", "student")}
+    result = evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options(), only=["needle"])
+    assert (result["perplexity"], result["kl"], result["generation"], result["texts"]) == (None, None, None, {})
+    assert list(result["needle"]["rows"]) == ["original", "student"]
+    print_evaluation(result)
+    with pytest.raises(LinearizeError, match="only: 'ppl' is not measured; choose from perplexity, choices"):
+        evaluate_rows(rows, tiny_tokenizer(), TEXTS, make_options(), only=["ppl"])
 
 
 def test_a_broken_row_does_not_stop_the_others():

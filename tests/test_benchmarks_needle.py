@@ -1,5 +1,6 @@
 """The needle test: exact prompts, and scores that a model with memory passes and one without fails."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,19 @@ def test_prompts_have_the_asked_length_and_depth():
         assert tokenizer.decode(task.candidates[0]) == f" {task.numbers[0]}"
 
 
+def test_several_keys_are_hidden_and_one_is_asked_for():
+    tokenizer = tiny_tokenizer()
+    for task in build_needles(tokenizer, TEXT, (500,), (0.0, 1.0), trials=3, keys=3, digits=7):
+        assert len(task.prompt) == task.length
+        text = tokenizer.decode(task.prompt)
+        facts = dict(re.findall(r"fact to remember: the secret number of the (\w+) is (\d{7})\.\n", text))
+        asked = re.search(r"the secret number of the (\w+) is$", text)
+        assert len(facts) == 3
+        assert facts[asked[1]] == task.numbers[0]
+        assert sorted(facts.values()) == sorted(task.numbers[:3])  # the others' numbers are candidates
+        assert not any(number in text for number in task.numbers[3:])
+
+
 def test_a_model_that_remembers_finds_all_and_one_that_forgets_none():
     tokenizer = tiny_tokenizer()
     needles = build_needles(tokenizer, TEXT, (300,), (0.1, 0.5), trials=2)
@@ -139,6 +153,10 @@ def test_cells_keep_length_and_depth():
         {"length": 256, "depth": 0.1, "trials": 2, "greedy": 0.5, "first": 0.5, "mean_rank": 2.5},
         {"length": 512, "depth": 0.1, "trials": 1, "greedy": 0.0, "first": 0.0, "mean_rank": 10.0},
     ]
+    assert row["lengths"] == [
+        {"length": 256, "trials": 2, "greedy": 0.5, "first": 0.5, "mean_rank": 2.5},
+        {"length": 512, "trials": 1, "greedy": 0.0, "first": 0.0, "mean_rank": 10.0},
+    ]
     assert (row["trials"], row["mean_rank"]) == (3, 5.0)
 
 
@@ -153,6 +171,11 @@ def test_cells_keep_length_and_depth():
 def test_refusals(lengths, depths, message):
     with pytest.raises(LinearizeError, match=message):
         build_needles(tiny_tokenizer(), TEXT, lengths, depths)
+
+
+def test_as_many_keys_as_there_are():
+    with pytest.raises(LinearizeError, match="needle_keys: 9 is outside 1 to 8"):
+        build_needles(tiny_tokenizer(), TEXT, (500,), (0.5,), keys=9)
 
 
 def test_the_named_smallest_length_works():

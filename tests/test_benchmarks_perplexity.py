@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from linearize.benchmarks import perplexity as module
 from linearize.benchmarks.perplexity import (
     cut_sequences,
     perplexity,
+    perplexity_by_context,
     position_edges,
     summarise_perplexity,
     token_nll,
@@ -42,6 +44,27 @@ def test_nll_is_the_models_own_loss(model):
 def test_nll_does_not_depend_on_the_batch_size(model):
     tokens = torch.randint(128, (6 * 33,))
     torch.testing.assert_close(perplexity(model, tokens, 33, 1), perplexity(model, tokens, 33, 4))
+
+
+def test_contexts_share_what_a_longer_one_has_read(model, monkeypatch):
+    tokens = torch.randint(128, (160,))
+    read = []
+    whole = module.perplexity
+    monkeypatch.setattr(module, "perplexity", lambda m, t, n: read.append((len(t), n)) or whole(m, t, n))
+    found = perplexity_by_context(model, tokens, (20, 80, 40))
+    assert list(found) == [20, 80, 40]
+    assert read == [(160, 80), (80, 40), (80, 20)]  # 80 each: half of the text is read already
+    for context, nll in found.items():
+        torch.testing.assert_close(nll, whole(model, tokens, context), rtol=1e-5, atol=1e-6)
+
+
+def test_contexts_are_read_apart_where_the_rotary_embedding_looks_at_the_length(model, monkeypatch):
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    read = []
+    whole = module.perplexity
+    monkeypatch.setattr(module, "perplexity", lambda m, t, n: read.append((len(t), n)) or whole(m, t, n))
+    perplexity_by_context(model, torch.randint(128, (80,)), (20, 40))
+    assert read == [(80, 40), (80, 20)]
 
 
 def test_token_nll_is_float32_and_split_without_a_seam():
