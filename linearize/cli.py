@@ -109,8 +109,17 @@ def inspect(
     mix: Mix = DEFAULT.mix,
     softmax_layers: SoftmaxLayers = "none",
     feature_dim: FeatureDim = None,
-    contexts: Annotated[str, typer.Option(help="Context lengths in tokens; 1k = 1024.")] = "1k,8k,32k,128k",
-    dtype: Annotated[str, typer.Option(help="Of cached keys and values: float32, bfloat16, float16.")] = "bfloat16",
+    contexts: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens; 1k,8k,32k,128k if left out (1k = 1024).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights, keys and values: float32, bfloat16, float16.")] = "bfloat16",
+    train: Annotated[bool, typer.Option("--train", help="Show the memory per GPU of each training stage instead.")] = (
+        False
+    ),
+    seq_len: Annotated[int | None, typer.Option(help="With --train: tokens a row; 1024 if left out.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --train: rows a GPU; 1 if left out.")] = None,
+    processes: Annotated[int | None, typer.Option(help="With --train: GPUs in all; 1 if left out.")] = None,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="With --train: frozen weights divided by FSDP2.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show layer by layer what conversion would do, and the bytes it would save. Reads no weights.
@@ -118,11 +127,20 @@ def inspect(
     Example: linearize inspect path/to/model --window 64 --softmax-layers every:4 --contexts 1k,32k
     """
     config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
-    lengths = parse_tokens(contexts, "contexts")
+    sizes = {"seq_len": seq_len, "batch_size": batch_size, "processes": processes, "fsdp": fsdp or None}
+    training: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if training and not train:
+        raise LinearizeError(f"{next(iter(training))}: it is a setting of --train; add --train, or leave it out")
+    if train and contexts is not None:
+        raise LinearizeError(
+            f"contexts: {contexts!r} is for caches, which training has none of; leave out --train or it"
+        )
+    lengths = parse_tokens(contexts or "1k,8k,32k,128k", "contexts")
     _quiet()
     from linearize.inspection import inspect_config
     from linearize.models import load_config, recorded_conversion
-    from linearize.tables import print_inspection, print_json
+    from linearize.tables import print_inspection, print_json, print_training
+    from linearize.training_memory import training_memory
 
     recorded = recorded_conversion(model)
     if recorded is not None:
@@ -130,6 +148,10 @@ def inspect(
             raise LinearizeError(f"model: {model!r} is converted already; leave the options of a conversion out")
         note("This is a student: the plan is the one that it was made by.")
         config = recorded
+    if train:
+        memory = training_memory(load_config(model), config, dtype=dtype, name=model, **training)
+        print_json(memory.to_dict()) if json else print_training(memory)
+        return
     plan = inspect_config(load_config(model), config, lengths, dtype, name=model)
     if json:
         print_json(plan.to_dict())

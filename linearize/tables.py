@@ -9,8 +9,9 @@ from linearize.console import human_bytes, human_tokens
 
 if TYPE_CHECKING:
     from linearize.inspection import Inspection
+    from linearize.training_memory import TrainingMemory
 
-__all__ = ["print_bench", "print_evaluation", "print_inspection", "print_json", "print_table"]
+__all__ = ["print_bench", "print_evaluation", "print_inspection", "print_json", "print_table", "print_training"]
 
 PIPE_WIDTH = 200  # a file or a pipe has no width to fit into
 
@@ -70,6 +71,24 @@ def print_inspection(plan: "Inspection") -> None:
     print(f"A converted layer caches less than the original from {even} tokens on, however long the context becomes.")
     if plan.positions is not None and max(plan.contexts) > plan.positions:
         print(f"The model was made for {plan.positions} tokens; longer contexts show the arithmetic only.")
+
+
+def print_training(memory: "TrainingMemory") -> None:
+    """The memory of one GPU in each training stage, part by part."""
+    parts = ["weights", "teacher", "trained", *(["gathered"] if memory.fsdp else []), "kept", "logits", "layer"]
+    rows = []
+    for stage in memory.stages:
+        sizes = [getattr(stage, part) for part in parts] + [stage.total]
+        name = f"{stage.stage}, checkpointing" if stage.checkpointing else stage.stage
+        rows.append([name, *(human_bytes(size) if size else "-" for size in sizes)])
+    title = f"{memory.model}: {memory.family}, {memory.parameters / 1e9:.3g}e9 parameters, {memory.dtype}"
+    print_table(title, ["one GPU", *parts, "at the peak"], rows)
+    spread = "one GPU" if memory.processes == 1 else f"{memory.processes} GPUs"
+    if memory.processes > 1:
+        spread += ", frozen weights divided by FSDP2" if memory.fsdp else ", everything on each (DDP)"
+    print(f"{spread}; {memory.batch_size} x {memory.seq_len} tokens on each.")
+    print("The peak is weights, teacher, trained and gathered, and the larger of kept + logits and kept + layer.")
+    print("Computed, not measured: allow 0.5 to 1 GiB for the GPU's own and 5 to 20 % for the allocator.")
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

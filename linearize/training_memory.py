@@ -4,24 +4,27 @@ No weights are read: the model is built without memory (on PyTorch's meta device
 bytes of the dtype, T = batch_size * seq_len tokens, h hidden size, I inner size of the MLP, H heads on K key-value
 heads of size D, F features, W window, L = S + 2 W, V vocabulary, P processes. A step's peak is
 
-    weights + teacher + trained + moved + max(kept + logits, kept + layer, update)
+    weights + teacher + trained + gathered + max(kept + logits, kept + layer, update)
 
-    weights   e a parameter of the model, and 4 of what conversion or LoRA added
-    teacher   the frozen copy that a full training has: e a parameter; a LoRA's teacher is the model itself: 0
+    weights   e a parameter of the model, and 4 of what conversion and LoRA add
+    teacher   the frozen copy that a full training has, e a parameter; with LoRA the teacher is the model itself: 0
     trained   a trained parameter: 4 gradient, 8 Adam's moments, and 4 master copy where the model holds it in 16 bit
-    moved     DDP, P > 1: 4 a trained parameter, the buckets that gradients travel in
-              FSDP2: two decoder layers whole (one computes, the next is on its way), and embedding and head
+    gathered  FSDP2: two decoder layers whole, the one that computes and the next
     kept      what autograd keeps of all layers from forward to backward: `_kept_bytes` a token and layer
               with checkpointing e h a token and layer, the layers' inputs
-    logits    3 e V a token: student's, teacher's and the gradient (2 with top_k); 9 * 4 V for each of 128 rows at a time
-    layer     gradients inside of one layer, 3 e I or those of the attention; with checkpointing its `_kept_bytes` too
-    update    two temporaries of 4 bytes for the largest trained parameter, in Adam's update
+    logits    3 e V a token, student's, teacher's and their gradient (with top_k no teacher's), and the larger of
+              9 * 4 V for each of 128 rows, the loss, and e V a token and the head's gradient, the backward pass's start
+    layer     gradients inside of one layer, 2 e I or those of the attention; with checkpointing its `_kept_bytes` too
+    update    8 + e bytes for the largest trained parameter: sums of gradients, Adam's temporaries
 
-FSDP2 divides weights, teacher and trained by P. The transfer stage keeps nothing and has no logits: `layer` is then
-what one layer's loss takes, while the teacher's forward pass waits in that layer.
+Gradients are counted as alive throughout, as they are when several batches are accumulated. FSDP2 divides the frozen
+weights of the decoder's layers by P, the teacher copy's too; what is trained, and with it a fully trained student,
+stays whole in every process, and so do embedding, head and last norm. Without FSDP2 every process has everything.
+The transfer stage keeps nothing and has no logits: `layer` is then what one layer's loss takes, while the teacher's
+forward pass waits in that layer.
 
-Not in here: the CUDA context and the libraries' own buffers (0.5 to 1 GiB), what the allocator loses between blocks
-(5 to 20 %), and NCCL's buffers.
+Not in here: the CUDA context and libraries' buffers (0.5 to 1 GiB), what the allocator loses between blocks (5 to
+20 %), and buffers of communication.
 """
 
 from dataclasses import asdict, dataclass
@@ -37,8 +40,10 @@ __all__ = ["BACKENDS", "StageMemory", "TrainingMemory", "training_memory"]
 BACKENDS = ("triton", "torch")
 FLOAT = 4  # bytes of float32: the state, LoRA, gradients and Adam's moments have it whatever the model's dtype
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LOGIT_COPIES = 4  # tensors of the size and dtype of a batch's logits, see linearize.distill.end_to_end
 ROWS_AT_ONCE = 128  # of logits in float32, see linearize.distill.logit_losses
 ROW_COPIES = 9  # float32 tensors of those rows at a time
+FUSED = 128  # up to this head_dim and feature_dim the Triton kernels make hedgehog's features themselves
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class StageMemory:
     weights: int
     teacher: int
     trained: int
-    moved: int
+    gathered: int
     kept: int
     logits: int
     layer: int
@@ -62,7 +67,7 @@ class StageMemory:
     @property
     def total(self) -> int:
         """All that is alive at the peak."""
-        steady = self.weights + self.teacher + self.trained + self.moved
+        steady = self.weights + self.teacher + self.trained + self.gathered
         return steady + max(self.kept + self.logits, self.kept + self.layer, self.update)
 
 
@@ -91,8 +96,12 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The numbers that formulas need. `original`, `added`, `lora`, `decoder`, `largest` count parameters: of the
-    model, of conversion, of the adapter, of one decoder layer, of the largest tensor."""
+    """The numbers that formulas need.
+
+    `given`: PyTorch makes the features, not the kernels. `original`, `added`, `lora`, `decoder` count parameters: of
+    the model, of conversion, of the adapter, of one decoder layer; `largest`, `largest_added`: of the largest tensor of
+    the model, of conversion.
+    """
 
     hidden: int
     inner: int
@@ -107,6 +116,7 @@ class _Sizes:
     sinks: int
     mixer: bool
     features: int
+    given: bool
     original: int
     added: int
     lora: int
@@ -139,15 +149,15 @@ def training_memory(
         config: the conversion.
         seq_len, batch_size: tokens a row and rows a batch, of one process.
         processes: in all, one a GPU.
-        fsdp: shard by FSDP2 over all processes, instead of a whole copy each (DDP).
+        fsdp: divide the frozen weights among the processes by FSDP2, instead of a whole copy each (DDP).
         dtype: "float32", "bfloat16" or "float16": of the weights and products.
         lora_rank, lora_targets, top_k: as in `DistillOptions`.
         backend: of the converted layers: "triton", as on a GPU, or "torch", as on a CPU, which keeps more.
         name: what to call the model in the result.
 
     Raises:
-        LinearizeError: an unknown dtype or backend, a number below 1, `fsdp` with one process, or what `convert`
-            would refuse.
+        LinearizeError: an unknown dtype or backend, a number below 1, `fsdp` with one process, LoRA targets that name
+            no module, or what `convert` would refuse.
     """
     if dtype not in DTYPE_BYTES:
         raise LinearizeError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPE_BYTES)}")
@@ -190,6 +200,13 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
     largest = max(parameter.numel() for parameter in model.parameters())
     decoder = model.get_submodule(family.layers)[0]
     decoder_size = sum(parameter.numel() for parameter in decoder.parameters())
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unknown = [target for target in targets if target not in leaves]
+    if unknown:
+        known = sorted(leaf for leaf in leaves if leaf.endswith("_proj"))
+        raise LinearizeError(
+            f"lora_targets: no module is called {', '.join(unknown)}; the model has {', '.join(known)}"
+        )
     linears = [x for name, x in model.named_modules() if name.rpartition(".")[2] in targets]
     lora = sum(rank * (x.in_features + x.out_features) for x in linears)
     convert(model, config)
@@ -210,6 +227,8 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
         sinks=config.sinks,
         mixer=mixer is not None,
         features=0 if mixer is None else mixer.num_features,
+        given=mixer is not None
+        and (config.mixer != "hedgehog" or max(geometry.head_dim, mixer.num_features // 2) > FUSED),
         original=original,
         added=sum(parameter.numel() for parameter in added.values()),
         lora=lora,
@@ -234,10 +253,11 @@ class _Setting:
     top_k: int | None
 
     def transfer(self) -> StageMemory:
-        s = self.sizes
-        waiting = 3 * self.e * s.hidden  # embeddings, the layer's input, and what its attention was given
-        layer = waiting + max(_transfer_bytes(s, self.e, self.backend), 3 * self.e * s.inner)
-        return self._stage("transfer", False, s.added, 0, s.largest_added, kept=0, logits=0, layer=self.tokens * layer)
+        s, e = self.sizes, self.e
+        # The embeddings, the layer's input and what its attention or MLP is given wait meanwhile.
+        attention = 3 * e * s.hidden + _transfer_bytes(s, e, self.backend)
+        layer = max(attention, 4 * e * s.hidden + 3 * e * s.inner)
+        return self._stage("transfer", False, False, kept=0, logits=0, layer=self.tokens * layer)
 
     def distill(self, full: bool, checkpointing: bool) -> StageMemory:
         s, e = self.sizes, self.e
@@ -249,58 +269,38 @@ class _Setting:
         if checkpointing:
             kept = s.layers * e * s.hidden
             layer += max(one[True], one[False] if s.converted < s.layers else 0)
-        kept += FLOAT * s.hidden + e * s.hidden * (1 + full)  # the last norm and the head's input
-        copies = 3 if self.top_k is None else 2
-        logits = copies * e * s.vocab * self.tokens
-        logits += ROW_COPIES * FLOAT * s.vocab * min(ROWS_AT_ONCE, self.tokens)
+        kept += FLOAT * s.hidden + e * s.hidden * (1 + full)  # the last norm's and the head's input
+        batch = e * s.vocab * self.tokens
+        copies = LOGIT_COPIES - (self.top_k is not None)
+        rows = ROW_COPIES * FLOAT * s.vocab * min(ROWS_AT_ONCE, self.tokens)
+        head = self._update_bytes(s.vocab * s.hidden) if full else 0
+        logits = max((copies - 1) * batch + rows, copies * batch + head)
         stage = "distill, full" if full else "distill, lora"
-        extra = 0 if full else s.lora
-        largest = s.largest if full else s.largest_added
-        return self._stage(
-            stage,
-            checkpointing,
-            s.added + extra,
-            s.original if full else 0,
-            largest,
-            kept=self.tokens * kept,
-            logits=logits,
-            layer=self.tokens * layer,
-        )
+        sizes = {"kept": self.tokens * kept, "logits": logits, "layer": self.tokens * layer}
+        return self._stage(stage, full, checkpointing, **sizes)
 
-    def _stage(
-        self,
-        stage: str,
-        checkpointing: bool,
-        added: int,
-        copied: int,
-        largest: int,
-        *,
-        kept: int,
-        logits: int,
-        layer: int,
-    ) -> StageMemory:
-        """`added`: float32 parameters beside the model's; `copied`: the model's own that are trained."""
+    def _update_bytes(self, largest: int) -> int:
+        """What a gradient of `largest` numbers takes beside their sum: itself; in 16 bit two float32 copies too."""
+        return (FLOAT if self.e == FLOAT else self.e + 2 * FLOAT) * largest
+
+    def _stage(self, stage: str, full: bool, checkpointing: bool, *, kept: int, logits: int, layer: int) -> StageMemory:
         s, e = self.sizes, self.e
+        added = s.added + (s.lora if stage == "distill, lora" else 0)
         master = 0 if e == FLOAT else FLOAT
         shards = self.processes if self.fsdp else 1
-        trained = added * 3 * FLOAT + copied * (3 * FLOAT + master)
-        moved = 0
-        if self.fsdp:
-            ends = s.original - s.layers * s.decoder
-            moved = e * (2 * s.decoder + ends)
-        elif self.processes > 1:
-            moved = FLOAT * (added + copied)
+        inside = s.layers * s.decoder
+        frozen = e * (inside // shards + s.original - inside)
         return StageMemory(
             stage=stage,
             checkpointing=checkpointing,
-            weights=(e * s.original + FLOAT * s.added + (FLOAT * s.lora if stage == "distill, lora" else 0)) // shards,
-            teacher=e * copied // shards,
-            trained=trained // shards,
-            moved=moved,
+            weights=(e * s.original if full else frozen) + FLOAT * added,
+            teacher=frozen + FLOAT * s.added if full else 0,
+            trained=added * 3 * FLOAT + (s.original * (3 * FLOAT + master) if full else 0),
+            gathered=2 * e * s.decoder if self.fsdp else 0,
             kept=kept,
             logits=logits,
             layer=layer,
-            update=2 * FLOAT * largest // shards,
+            update=self._update_bytes(s.largest) if full else 2 * FLOAT * s.largest_added,
         )
 
 
@@ -350,7 +350,8 @@ def _near_far_bytes(s: _Sizes, e: int, backend: str) -> int:
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
     mix = FLOAT * (s.heads + q) if s.mixer and (e != FLOAT or backend == "torch") else 0
     if backend == "triton":
-        return e * (2 * q + 2 * k) + FLOAT * 3 * s.heads + mix
+        given = (FLOAT + e) * (s.heads + s.kv_heads) * s.features if s.given else 0
+        return e * (2 * q + 2 * k) + FLOAT * 3 * s.heads + mix + given
     keys = s.sinks + 2 * s.window
     near = s.heads * keys + 2 * k * keys / s.window + 2 * q
     far = 2 * q + 2 * s.heads * s.features + 2 * s.kv_heads * s.features + k * s.features / s.window
@@ -368,15 +369,16 @@ def _attention_gradient_bytes(s: _Sizes, e: int, backend: str) -> int:
 def _transfer_bytes(s: _Sizes, e: int, backend: str) -> int:
     """Bytes a token of one layer's loss in the transfer stage, objective "decomposed".
 
-        both    e (H D + 2 K D) q, k, v; 4 * 8 H D near, far and all of teacher and student, and the error's
-        triton  e 2 H D output and its gradient, 4 H D q in float32 for the mix; gradients of the features
-        torch   4 times 2 H F + K F features, 2 K F D / W states, K D values, and H D + K D q and k from 16 bit
+    triton  e (2 H D + 2 K D) q, k, v and output; 4 * 7 H D near, far and all of the teacher, q and the far side in
+            float32, errors; 4 * 3 K F D / W states
+    torch   e (H D + 2 K D) q, k, v; 4 times 8 H D as above, 2 H F + K F features, 2 K F D / W states, K D values, and
+            H D + K D q and k from 16 bit
     """
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    both = e * (q + 2 * k) + FLOAT * 8 * q
-    widened = 0 if e == FLOAT else FLOAT * q
-    states = 2 * k * s.features / s.window
+    states = k * s.features / s.window
     if backend == "triton":
-        return int(both + widened + 2 * e * q + e * (s.heads + s.kv_heads) * s.features // 2 + FLOAT * states)
+        given = (FLOAT + e) * (s.heads + s.kv_heads) * s.features if s.given else 0
+        return int(e * (2 * q + 2 * k) + FLOAT * (7 * q + 3 * states)) + given
     features = 2 * s.heads * s.features + s.kv_heads * s.features
-    return int(both + widened + FLOAT * (features + states + k + (0 if e == FLOAT else k)))
+    widened = 0 if e == FLOAT else q + k
+    return int(e * (q + 2 * k) + FLOAT * (8 * q + features + 2 * states + k + widened))
