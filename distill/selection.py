@@ -5,7 +5,7 @@ window + sinks, because a state's quality is not known before it is trained:
 
 - `lazy_scores`: the attention mass that falls outside. One forward pass for all layers.
 - `swap_scores`: KL(original || model) when this one layer is converted. Half a forward pass a layer and row.
-- `recall_scores`: how much less likely a number becomes that was said long before, when this one layer is converted.
+- `recall_scores`: the same KL where a number is repeated that was said long before.
 """
 
 import random
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.attention import Observation, Switch
@@ -87,49 +86,21 @@ def swap_scores(
     Raises:
         LinearizeError: rows so short that nothing has left the window.
     """
-    _check_length(model, rows)
-    total = dict.fromkeys(converted_layers(model), 0.0)
-    head = base_model(model).get_output_embeddings()
-
-    def score(layer: int, original: Tensor, changed: Tensor) -> None:
-        pairs = zip(original.flatten(0, 1).split(ROWS_AT_ONCE), changed.flatten(0, 1).split(ROWS_AT_ONCE), strict=True)
-        divergence = sum(float(kl_divergence(head(new), head(old), None, 1.0).sum()) for old, new in pairs)
-        total[layer] += divergence / (original.shape[0] * original.shape[1]) / len(rows)
-        progress(layer)
-
-    for row in rows:
-        _swap_each(model, row, score)
-    return total
+    return _mean_divergence(model, [(row, None) for row in rows], progress)
 
 
 def recall_scores(
     model: Any, texts: Sequence[Facts], progress: Callable[[int], None] = lambda layer: None
 ) -> dict[int, float]:
-    """How many nats a token a repeated number becomes less likely when this one layer is converted.
+    """The same KL where a number is repeated that was said long before: mean over the numbers' tokens alone.
 
-    Perplexity hardly notices the few layers that fetch a token from far back, because ordinary text seldom asks.
-    Mean over the numbers' tokens; below 0 where the number becomes likelier.
+    Over ordinary text the few layers that fetch a token from far back hardly show, because it seldom asks for one.
 
     Args: as in `swap_scores`, with texts from `build_facts`.
     """
-    _check_length(model, [text.tokens for text in texts])
-    total = dict.fromkeys(converted_layers(model), 0.0)
-    head = base_model(model).get_output_embeddings()
-
-    def measure(text: Facts) -> None:
-        answers = torch.tensor([position for answer in text.answers for position in answer], device=_device(model))
-        wanted = text.tokens.to(answers.device)[0, answers]
-
-        def score(layer: int, original: Tensor, changed: Tensor) -> None:
-            before, after = (F.cross_entropy(head(x[0, answers - 1]).float(), wanted) for x in (original, changed))
-            total[layer] += float(after - before) / len(texts)
-            progress(layer)
-
-        _swap_each(model, text.tokens, score)
-
-    for text in texts:
-        measure(text)
-    return total
+    answers = [torch.tensor([position for answer in text.answers for position in answer]) for text in texts]
+    rows = [text.tokens for text in texts]
+    return _mean_divergence(model, [(row, where - 1) for row, where in zip(rows, answers, strict=True)], progress)
 
 
 def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int = 4, seed: int = 0) -> list[Facts]:
@@ -199,6 +170,30 @@ def only_converted(model: Any, layers: Sequence[int]) -> Iterator[None]:
         finally:
             for index, switch in shared.items():
                 known[index].switch = switch
+
+
+def _mean_divergence(
+    model: Any, rows: Sequence[tuple[Tensor, Tensor | None]], progress: Callable[[int], None]
+) -> dict[int, float]:
+    """For each converted layer KL(original || model with it alone converted), mean over (B, T) rows and the positions
+    given with each, all where None is."""
+    _check_length(model, [tokens for tokens, _ in rows])
+    total = dict.fromkeys(converted_layers(model), 0.0)
+    head = base_model(model).get_output_embeddings()
+
+    def measure(tokens: Tensor, positions: Tensor | None) -> None:
+        def score(layer: int, *hidden: Tensor) -> None:
+            shown = [(x if positions is None else x[:, positions.to(x.device)]).flatten(0, 1) for x in hidden]
+            parts = zip(*(x.split(ROWS_AT_ONCE) for x in shown), strict=True)
+            divergence = sum(float(kl_divergence(head(new), head(old), None, 1.0).sum()) for old, new in parts)
+            total[layer] += divergence / len(shown[0]) / len(rows)
+            progress(layer)
+
+        _swap_each(model, tokens, score)
+
+    for tokens, positions in rows:
+        measure(tokens, positions)
+    return total
 
 
 def _swap_each(model: Any, tokens: Tensor, score: Callable[[int, Tensor, Tensor], None]) -> None:

@@ -23,7 +23,7 @@ METHODS = {
     "uniform": "",
     "lazy": "attention outside window + sinks",
     "swap": "KL if converted alone, nats",
-    "recall": "nats a number's token loses",
+    "recall": "KL at repeated numbers, nats",
 }
 KEEP = "25%"
 BAR = 24  # characters of the longest

@@ -73,18 +73,17 @@ def test_lazy_is_the_attention_mass_outside_sinks_and_window() -> None:
         assert scores[layer] == pytest.approx(float(mass.mean()), rel=2e-4)
 
 
-def test_recall_is_the_rise_of_the_numbers_nll() -> None:
+def test_recall_is_the_kl_where_the_numbers_are_predicted() -> None:
     tokens = make_tokens(1, 40, seed=7)
-    text = Facts(tokens, ((30, 31, 32), (36, 37)))
-    scores = recall_scores(make_pair(), [text])
-    places = torch.tensor([30, 31, 32, 36, 37])
+    scores = recall_scores(make_pair(), [Facts(tokens, ((30, 31, 32), (36, 37)))])
+    places = torch.tensor([29, 30, 31, 35, 36])  # a token is predicted one before it
     with torch.no_grad():
-        before = make_model("llama")(input_ids=tokens, use_cache=False).logits
+        original = make_model("llama")(input_ids=tokens, use_cache=False).logits[0, places].log_softmax(-1)
     for layer in range(3):
-        after = keeping("llama", layer, tokens)
-        rise = [F.cross_entropy(x[0, places - 1], tokens[0, places]) for x in (after, before)]
-        assert scores[layer] == pytest.approx(float(rise[0] - rise[1]), abs=2e-4)
-    assert max(map(abs, scores.values())) > 1e-2
+        changed = keeping("llama", layer, tokens)[0, places].log_softmax(-1)
+        wanted = F.kl_div(changed, original, log_target=True, reduction="batchmean")
+        assert scores[layer] == pytest.approx(float(wanted), rel=2e-4, abs=1e-6)
+    assert min(scores.values()) > 1e-3
 
 
 def test_layers_with_a_window_of_their_own_have_no_score() -> None:
