@@ -74,6 +74,7 @@ from linearize.benchmarks.machine import machine_info
 from linearize.benchmarks.needle import build_needles, needle, summarise_needles
 from linearize.benchmarks.perplexity import cut_sequences, perplexity_by_context, summarise_perplexity
 from linearize.benchmarks.work import Measured, Work, digest
+from linearize.console import note
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ def evaluate_rows(
             held = work.read(row, measurement.title, measurement.settings) if work else None
             if held is not None:
                 found[row, measurement.title] = held
+    if work is not None and found:
+        note(f"{len(found)} measurements are those of before, kept in {work.folder}; delete it to measure all again")
     missing = {
         row: [m for m in plan if m.kind in only and row in _measured_rows(m, rows) and (row, m.title) not in found]
         for row in rows

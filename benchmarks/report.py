@@ -120,6 +120,8 @@ def _figures(*figures: tuple[str, str]) -> str:
 
 def _quality(result: dict[str, Any], drawn: bool) -> str:
     perplexity = result["perplexity"]
+    if perplexity is None:
+        return ""
     rows = []
     for name in result["rows"]:
         row, pair = perplexity["rows"][name], difference(perplexity, name, BASELINE)

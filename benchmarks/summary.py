@@ -84,6 +84,8 @@ def _sign(pair: dict[str, Any]) -> int | None:
 def quality_sentences(result: dict[str, Any]) -> list[Sentence]:
     """What an evaluate.json says, most important first."""
     perplexity = result["perplexity"]
+    if perplexity is None:
+        return [Sentence("note", "Perplexity was not measured; `linearize evaluate` without --only measures all.")]
     rows = perplexity["rows"]
     sentences = [
         Sentence(

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from linearize._version import __version__
 from linearize.benchmarks.files import write_text
 
 __all__ = ["Measured", "Work", "digest", "digest_files"]
@@ -55,7 +59,8 @@ class Work:
         self.identities = identities
 
     def _place(self, row: str, measurement: str, settings: Any) -> tuple[Path, dict[str, Any]]:
-        key = {"row": self.identities[row], "measurement": measurement, "settings": settings}
+        versions = {"linearize": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        key = {"row": self.identities[row], "measurement": measurement, "settings": settings, "versions": versions}
         slug = "".join(c if c.isalnum() else "-" for c in f"{measurement}--{row}")
         return self.folder / f"{slug}-{digest(key)}.json", key
 

@@ -276,6 +276,7 @@ def evaluate(
     """
     from linearize.distill.options import EvaluateOptions
 
+    depths: Any = needle_depths.split(",")
     options = EvaluateOptions(
         text=tuple(text or ()),
         tokens=tokens,
@@ -283,7 +284,7 @@ def evaluate(
         choices=tuple(choices or ()),
         choices_limit=choices_limit,
         needle_lengths=() if needle == "none" else parse_tokens(needle, "needle"),
-        needle_depths=tuple(part.strip() for part in needle_depths.split(",")),  # type: ignore[arg-type]
+        needle_depths=depths,
         needle_trials=needle_trials,
         needle_keys=needle_keys,
         needle_digits=needle_digits,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import linearize
@@ -258,6 +259,51 @@ class TestEvaluate:
         found = self.evaluate("owner/student", text, tmp_path / "e.json", "--base", model)
         assert len(found["rows"]) == 5
 
+    def test_more_rows_some_rows_and_what_was_measured_before(
+        self, run: Path, adapter: Path, text: Path, tmp_path: Path
+    ):
+        out = tmp_path / "e.json"
+        log = [("transfer", 100), ("distill", 200), ("distill-2", 300), ("control", 200), ("control-2", 300)]
+        lines = [json.dumps({"stage": stage, "tokens": tokens, "loss": 1.0}) for stage, tokens in log]
+        (run / "train.jsonl").write_text("\n".join(lines) + "\n")
+        also = ("--also", f"other={adapter}", "--also", f"its control={run / 'control'}")
+        found = self.evaluate(run / "student", text, out, *also)
+        rows = ["original", "control", "window + sinks", "student", "student, state off", "student, window off"]
+        assert found["rows"] == [*rows, "other", "its control"]
+        ppl = {name: row["ppl"] for name, row in found["perplexity"]["rows"].items()}
+        assert ppl["its control"] == pytest.approx(ppl["control"], rel=1e-5)
+        assert len({ppl[name] for name in ("original", "control", "student", "other")}) == 4
+        seen = {"original": 0, "window + sinks": 0, "control": 500, "its control": 500, "student": 600}
+        assert {row: found["tokens_seen"][row] for row in seen} == seen
+        assert "other" not in found["tokens_seen"]  # not from a run
+
+        fewer = self.evaluate(run / "student", text, out, "--rows", "student", "--only", "needle")
+        assert fewer["rows"] == ["original", "student"]
+        for row in fewer["rows"]:
+            assert fewer["perplexity"]["rows"][row] == found["perplexity"]["rows"][row]  # from e.work
+        message = error_line(call("evaluate", run / "student", "--text", text, "--rows", "pupil", *self.ARGUMENTS))
+        assert "rows: there is no row 'pupil'; choose from 'original', 'control'" in message
+
+    def test_changed_weights_are_measured_again(self, adapter: Path, text: Path, tmp_path: Path):
+        before = self.evaluate(adapter, text, tmp_path / "e.json")["perplexity"]["rows"]
+        weights = load_file(adapter / "adapter.safetensors")
+        save_file({name: x + 0.5 for name, x in weights.items()}, adapter / "adapter.safetensors")
+        after = self.evaluate(adapter, text, tmp_path / "e.json")["perplexity"]["rows"]
+        assert after["student"]["ppl"] != before["student"]["ppl"]
+        assert after["original"] == before["original"]
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("other", "also: 'other' is not NAME=FOLDER"),
+            ("student=x", "also: there is a row 'student' already"),
+            ("other={model}", "holds neither a student nor a LoRA"),
+        ],
+    )
+    def test_more_rows_are_checked(self, adapter: Path, model: Path, text: Path, given: str, message: str):
+        result = call("evaluate", adapter, "--text", text, "--also", given.format(model=model), *self.ARGUMENTS)
+        assert message in error_line(result)
+
     def test_choices_and_default_text(self, model: Path, tmp_path: Path):
         items = tmp_path / "items.jsonl"
         items.write_text('{"query": "a b", "choices": [" c", " d"], "gold": 0}\n' * 4)
@@ -308,7 +354,7 @@ def run(model: Path, tmp_path: Path) -> Path:
 
 
 class TestWhereResultsGo:
-    EVALUATE = ("--tokens", "128", "--seq-len", "64", "--needle", "none", "--dtype", "float32")
+    EVALUATE = ("--tokens", "128", "--contexts", "64", "--needle", "none", "--answers", "0", "--dtype", "float32")
     BENCH = ("--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32")
 
     def test_a_runs_student_into_the_run_with_its_report(self, run: Path, text: Path, tmp_path: Path, monkeypatch):
