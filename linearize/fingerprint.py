@@ -26,6 +26,8 @@ def weight_sample(model: Any) -> Sample | None:
     What conversion or LoRA added does not count, and a tensor has the name it has in the original.
     """
     base = base_model(model)
+    if hasattr(base, "_linearize_sharded_sample"):  # divided among processes since it was taken, and frozen
+        return base._linearize_sharded_sample
     added = added_parameters(base)
     sample: Sample = {}
     for name, parameter in base.named_parameters():

@@ -29,6 +29,9 @@ class TokenRows:
         self.drawn += 1
         return batch
 
+    def skip(self, batches: int) -> None:
+        self.drawn += batches
+
     def at(self, index: int) -> dict[str, torch.Tensor]:
         """Row r of batch i is number i * batch + r of one endless list, whatever the batch."""
         numbers = range(index * self.batch, (index + 1) * self.batch)
