@@ -92,8 +92,8 @@ class Calibration:
         self._updates = self._local_steps * batches
         self._layers: dict[int, tuple[Mix | None, MixFit, torch.optim.Optimizer]] = {}
 
-    def __call__(self, seen: Observation) -> None:
-        """Fit the layer to what it saw."""
+    def __call__(self, seen: Observation) -> Tensor:
+        """Fit the layer to what it saw; returns the teacher's attention."""
         target = FarTarget(seen)
         layer, index = seen.layer, seen.layer.layer_idx
         if index not in self._layers:
@@ -119,6 +119,7 @@ class Calibration:
             optimizer.zero_grad()
         if layer.mix is not None:
             fit.add(seen, target)
+        return target.attention(seen)
 
     def finish(self) -> None:
         """Give each layer the mix of all batches."""

@@ -21,7 +21,7 @@ from linearize.errors import LinearizeError
 from linearize.kernels.near_far.chunked import far_log_odds, mix_near_far, near_chunked, pad_to_chunks
 from linearize.kernels.near_far.mixers import Mixer
 from linearize.kernels.near_far.ops import far_read
-from linearize.kernels.near_far.pack import pack_rows
+from linearize.kernels.near_far.pack import pack_rows, unpack_rows
 from linearize.kernels.near_far.transfer import far_divergence, split_attention
 
 __all__ = [
@@ -86,6 +86,10 @@ class FarTarget:
         if self.documents is None:
             return lse(rows).squeeze(-1)
         return self.documents.join([lse(part) for part in self.documents.split(*rows)]).squeeze(-1)
+
+    def attention(self, seen: Observation) -> Tensor:
+        """`out` of the tokens as they were seen, (B, H, T, V), 0 at padding."""
+        return unpack_rows(seen.mask, self.out[:, :, : seen.q.shape[2]])
 
     def mix_logit(self, seen: Observation) -> Tensor:
         """The student's mix for these queries, (B, H, T'), or (H,) where they have no say."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize.attention import Observation
-from linearize.config import TAUGHT_MIXERS
+from linearize.config import TAUGHT_MIXERS, LinearizeConfig
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill import checkpoints
 from linearize.distill.calibration import Calibration, mix_lr_scale
@@ -25,7 +25,7 @@ from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["calibrate", "mix_lr_scale", "observe", "run_transfer", "transfer_step"]
+__all__ = ["calibrate", "check_taught", "mix_lr_scale", "observe", "run_transfer", "transfer_step"]
 
 
 def run_transfer(
@@ -44,7 +44,8 @@ def run_transfer(
             the window.
     """
     base = base_model(model)
-    check_teachable(base, stream.seq_len, "transfer")
+    switch_of(base)  # an error of its own where nothing is converted
+    check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "transfer")
     parameters = added_parameters(base)
     model.requires_grad_(False)
     for parameter in parameters.values():
@@ -82,11 +83,9 @@ def run_transfer(
     return outcome
 
 
-def check_teachable(model: Any, seq_len: int, name: str) -> None:
-    """Raise the LinearizeError that says why rows of so many tokens teach this model's layers nothing, if they do not;
-    `name` is what wants to teach."""
-    switch_of(model)  # an error of its own where nothing is converted
-    config = next(iter(converted_layers(model).values())).linearize_config
+def check_taught(config: LinearizeConfig, seq_len: int, name: str) -> None:
+    """Raise the LinearizeError that says why rows of so many tokens teach such layers nothing, if they do not; `name`
+    is what wants to teach."""
     if config.mixer not in TAUGHT_MIXERS:
         raise LinearizeError(
             f"{name}: mixer {config.mixer!r} has no far side of its own to teach; convert with mixer 'hedgehog', or "
@@ -117,7 +116,7 @@ def transfer_step(
     loss_of = OBJECTIVES[objective]
     losses: StepLosses = {}
 
-    def learn(seen: Observation) -> None:
+    def learn(seen: Observation) -> Tensor:
         target = FarTarget(seen)
         for step in range(local_steps):
             if step:
@@ -126,6 +125,7 @@ def transfer_step(
                 loss = loss_of(seen, target)
                 backward(loss)
             losses.setdefault(f"layer.{seen.layer.layer_idx}", loss.detach())
+        return target.attention(seen)
 
     observe(model, batch, learn)
     return {"loss": torch.stack(list(losses.values())).mean()} | losses
@@ -146,7 +146,8 @@ def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[fl
         LinearizeError: as `run_transfer`.
     """
     base = base_model(model)
-    check_teachable(base, stream.seq_len, "calibration")
+    switch_of(base)  # an error of its own where nothing is converted
+    check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "calibrate")
     device = base.get_input_embeddings().weight.device
     batches: list[Batch] = []
     drawn = 0
@@ -162,8 +163,11 @@ def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[fl
     return calibration.losses
 
 
-def observe(model: Any, batch: Batch, observer: Callable[[Observation], None]) -> None:
-    """Run the original's decoder on a batch, without gradient, and show `observer` what each converted layer sees."""
+def observe(model: Any, batch: Batch, observer: Callable[[Observation], Tensor | None]) -> None:
+    """Run the original's decoder on a batch, without gradient, and show `observer` what each converted layer sees.
+
+    What `observer` returns, if anything, is the layer's attention (B, H, T, V), which is then not computed again.
+    """
     base = base_model(model)
     decoder = base.get_submodule(family_of(base.config).layers.rpartition(".")[0])
     switch = switch_of(base)

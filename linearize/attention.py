@@ -41,14 +41,15 @@ class Switch:
     Attributes:
         converted: False runs the original attention instead.
         far_share: None is the learned mix; 0.0 never reads the state; 1.0 reads nothing else where there is one.
-        observer: called with an `Observation` by each layer while `converted` is False.
+        observer: called with an `Observation` by each layer while `converted` is False. One that has computed the
+            original's attention returns it, (B, H, T, V), before the output projection: a layer does not do it twice.
         windows: for some layers, another window than the config's; 0 reads nothing but the state where there is one.
             For training without a cache, whose layout depends on the config's window.
     """
 
     converted: bool = True
     far_share: float | None = None
-    observer: Callable[[Observation], None] | None = None
+    observer: Callable[[Observation], Tensor | None] | None = None
     windows: dict[int, int] = field(default_factory=dict)
 
 
@@ -172,7 +173,9 @@ class ConvertedAttention(nn.Module):
                 q, k = self._rotate(position_embeddings, q, k)
                 with full_precision(q):
                     seen = Observation(self, q.to(v.dtype), k.to(v.dtype), v, near_far_mask, near_far_documents)
-                    self.switch.observer(seen)
+                    out = self.switch.observer(seen)
+                if out is not None:
+                    return self.o_proj(out.to(v.dtype).transpose(1, 2).flatten(2)), None
             return self.original(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,

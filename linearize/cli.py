@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize._version import __version__
+from linearize.cli_calibrate import calibrate
 from linearize.cli_select import select
 from linearize.config import MIXERS, MIXES, LinearizeConfig
 from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
@@ -189,6 +190,7 @@ def convert(
         note(f"  linearize distill default {shlex.join(words)}")
 
 
+app.command(cls=PlainCommand)(calibrate)
 app.command(cls=PlainCommand)(select)
 
 

@@ -285,7 +285,7 @@ class TestCalibrate:
         ("student", "rows", "message"),
         [
             (lambda: make_model("llama"), TokenRows(1, 40), "LlamaForCausalLM is not converted"),
-            (lambda: make_student("llama", "none"), TokenRows(1, 40), "calibration: mixer 'none' has no far side"),
+            (lambda: make_student("llama", "none"), TokenRows(1, 40), "calibrate: mixer 'none' has no far side"),
             (lambda: make_student("llama", "gate"), TokenRows(1, 8), "data.seq_len: in rows of 8 tokens nothing has"),
         ],
     )

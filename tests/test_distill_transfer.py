@@ -7,12 +7,13 @@ import torch
 
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention, state_off
 from linearize.convert import added_parameters, converted_layers, switch_of
-from linearize.distill.objectives import OBJECTIVES, first_far_query
+from linearize.distill.objectives import OBJECTIVES, FarTarget, first_far_query
 from linearize.distill.options import Budget, TransferOptions
 from linearize.distill.transfer import calibrate, observe, run_transfer, transfer_step
 from tests.cost import LargestTensor
 from tests.tiny_models import FAMILIES, make_model, make_student, make_tokens, pad
 from tests.tiny_training import TokenRows, log_lines
+from tests.tolerance import assert_near
 
 MIXES = ("normalizer", "gate")
 
@@ -103,6 +104,23 @@ class TestObserve:
         observe(make_student("llama", "gate"), {"input_ids": rows, "attention_mask": mask}, seen.append)
         assert all(torch.equal(one.mask, mask.bool()) for one in seen)
 
+    @pytest.mark.parametrize("side", [None, "left", "right"])
+    def test_attention_that_an_observer_computed_is_not_computed_again(self, side):
+        teacher, student = make_model("llama"), make_student("llama", "normalizer", softmax_layers=[1])
+        rows, mask = pad(make_tokens(2, 24), [0, 5 if side else 0], side or "right")
+        batch = {"input_ids": rows} | ({"attention_mask": mask} if side else {})
+        hidden, calls = [], []
+        for layer in converted_layers(student).values():
+            layer.original.register_forward_hook(lambda module, args, out: calls.append(module.layer_idx))
+        student.model.register_forward_hook(lambda module, args, out: hidden.append(out.last_hidden_state))
+        observe(student, batch, lambda one: FarTarget(one).attention(one))
+        assert calls == []
+        with torch.no_grad():
+            expected = teacher.model(**batch).last_hidden_state
+        assert_near(hidden[0][mask.bool()], expected[mask.bool()])
+        observe(student, batch, lambda one: torch.zeros_like(FarTarget(one).attention(one)))
+        assert not torch.allclose(hidden[1][mask.bool()], expected[mask.bool()], atol=0.1)
+
     def test_after_an_exception_the_student_is_itself_again(self):
         student = make_student("llama", "normalizer")
         tokens = make_tokens(1, 24)
@@ -137,7 +155,12 @@ class TestStep:
         assert losses["loss"] == torch.stack(layers).mean()
         alone = {}
         seen = []
-        observe(student, batch, seen.append)
+
+        def see(one):
+            seen.append(one)
+            return FarTarget(one).attention(one)
+
+        observe(student, batch, see)
         for one, loss in zip(seen, layers):
             value = OBJECTIVES[objective](one)
             assert torch.equal(value.detach(), loss)

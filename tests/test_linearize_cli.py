@@ -26,6 +26,7 @@ from tests.saved_models import save_tiny_model
 COMMANDS = (
     ["inspect"],
     ["convert"],
+    ["calibrate"],
     ["select"],
     ["distill"],
     ["run"],
@@ -335,6 +336,37 @@ class TestBench:
         assert cells["student", 32] == cells["student", 64]
         assert cells["student", 32]["state"] > 0 == cells["original", 32]["state"]
         assert "student: " in result.stdout
+
+
+class TestCalibrate:
+    def test_adapter_that_is_fitted(self, model: Path, tmp_path: Path):
+        text, out = tmp_path / "text.txt", tmp_path / "out"
+        text.write_text(TEXT)
+        shape = ["--window", "8", "--softmax-layers", "1"]
+        result = call("calibrate", model, "--text", text, "--tokens", "150", "--seq-len", "64", "--out", out, *shape)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.rstrip().endswith(str(out))
+        assert "mix alone" in result.stdout
+        student, tokenizer = load_model(out, "float32", "cpu")
+        assert list(converted_layers(student)) == [0]
+        assert tokenizer.chat_template
+        assert all(converted_layers(student)[0].mix.bias != 0)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--mixer", "none"], "calibrate: mixer 'none' has no far side of its own"),
+            (["--window", "32", "--seq-len", "64"], "data.seq_len: in rows of 64 tokens nothing has left a"),
+            (["--text", "absent.txt"], "absent.txt"),
+        ],
+    )
+    def test_refusals_leave_nothing(self, model: Path, tmp_path: Path, words: list[str], message: str):
+        assert message in error_line(call("calibrate", model, "--out", tmp_path / "out", *words))
+        assert not (tmp_path / "out").exists()
+
+    def test_not_a_student_and_not_over_something(self, model: Path, adapter: Path, tmp_path: Path):
+        assert "is a student already" in error_line(call("calibrate", adapter, "--out", tmp_path / "out"))
+        assert "already holds something" in error_line(call("calibrate", model, "--out", adapter))
 
 
 @pytest.fixture
