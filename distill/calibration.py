@@ -19,8 +19,8 @@ from linearize.distill.objectives import FarTarget, decomposed_loss, student_far
 
 __all__ = ["Calibration", "MixFit", "mix_lr_scale"]
 
-# Measured on SmolLM2-135M with 4 rows of 1024 tokens: with a third of the steps the feature map lags behind, with
-# three times as many it fits those rows only.
+# Measured on layers of SmolLM2-135M with 4 rows of 1024 tokens, far error on other text: 8 steps leave up to 1.4 times
+# as much, 48 steps 0.9 times as much at three times the cost, and after 10k tokens of transfer they are no better.
 UPDATES = 16
 LR = 2e-2
 
