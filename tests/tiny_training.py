@@ -119,7 +119,7 @@ def train_student(kind: str, folder: Path, steps: int) -> None:
     }
     student = make_student("llama", "normalizer")
     if kind == "transfer":
-        run_transfer(student, TokenRows(1, 32), TransferOptions(**shared), folder)
+        run_transfer(student, TokenRows(1, 32), TransferOptions(**shared, calibration_tokens=64), folder)
     else:
         # LoRA starts from random numbers: another process has others unless the checkpoint brings them.
         torch.manual_seed(time.time_ns() % 10**9 if (folder / "checkpoints").exists() else 0)
