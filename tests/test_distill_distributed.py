@@ -353,29 +353,28 @@ def test_waiting(tmp_path):
 def refused(root: Path) -> None:
     with pytest.raises(LinearizeError) as error:
         processes.open_accelerator()
-    (root / "told").write_text(str(error.value))
+    (root / f"told-{os.environ['RANK']}").write_text(str(error.value))
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("count", "environment", "message"),
     [
         (
-            {"ACCELERATE_USE_CPU": "false", "WORLD_SIZE": "2"},
-            "accelerate: 2 processes were launched, but no GPU is vis",
+            2,
+            {"ACCELERATE_USE_CPU": "false"},
+            "accelerate: 2 processes were launched, but no GPU is visible here and ea",
         ),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate: mixed precision 'fp16' needs scaled losses; use bf16"),
-        (
-            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            "accelerate: gradient_accumulation_steps is 4; leave it at 1",
-        ),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate: dynamo backend INDUCTOR is not supported in training"),
+        (1, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate: mixed precision 'fp16' needs scaled losses; use bf16"),
+        (1, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "accelerate: gradient_accumulation_steps is 4; leave it"),
+        (1, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate: dynamo backend INDUCTOR is not supported in trai"),
     ],
 )
-def test_launches_that_are_refused(environment, message, tmp_path):
-    (child,) = launch(refused, 1, tmp_path, **environment)
-    child.join(60)
-    assert child.exitcode == 0, [path.read_text() for path in tmp_path.glob("rank*")]
-    assert (tmp_path / "told").read_text().startswith(message)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the first case is a machine without GPU")
+def test_launches_that_are_refused(count, environment, message, tmp_path):
+    for rank, child in enumerate(launch(refused, count, tmp_path, **environment)):
+        child.join(100)
+        assert child.exitcode == 0, [path.read_text() for path in tmp_path.glob("rank*")]
+        assert (tmp_path / f"told-{rank}").read_text().startswith(message)
 
 
 def narrow(root: Path) -> None:
