@@ -120,7 +120,7 @@ class TokenStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         rows = [self._row() for _ in range(self._options.batch_size)]
-        length = self._options.seq_len
+        length = max(len(row.ids) for row in rows)  # short documents are not padded to seq_len
         column = torch.arange(length)
         missing = [length - len(row.ids) for row in rows]
         batch = {"input_ids": torch.tensor([row.ids + [self._padding] * some for row, some in zip(rows, missing)])}

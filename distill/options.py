@@ -105,7 +105,7 @@ class DataOptions(Record):
         seq_len: tokens a row.
         batch_size: rows a batch.
         packing: `"packed"`: documents joined by the end-of-text token and cut into full rows. `"document"`: one
-            document a row, cut or right-padded to seq_len.
+            document a row, cut to seq_len or right-padded to the longest of its batch.
         held_out: the share of each source (but `generated`) that is kept for evaluation and never trained on.
     """
 

@@ -106,14 +106,9 @@ def test_document_rows(tokenizer, tmp_path):
     rows = {}
     for _ in range(3):
         batch = next(stream)
+        assert batch.keys() == {"input_ids"}, "a row alone needs no padding: it is as long as its document"
         ids = batch["input_ids"][0]
-        assert ids.shape == (32,)
-        mask = batch.get("attention_mask", torch.ones(1, 32, dtype=torch.int64))[0]
-        assert ("attention_mask" in batch) == bool((mask == 0).any())
-        length = int(mask.sum())
-        assert mask.tolist() == [1] * length + [0] * (32 - length)
-        assert (ids[length:] == PAD).all()
-        rows[tokenizer.decode(ids[:length])] = length
+        rows[tokenizer.decode(ids)] = len(ids)
     assert rows == {"ab<eos>": 3, "x" * 32: 32, "abc<eos>": 4}
 
 
@@ -121,7 +116,11 @@ def test_padding_in_a_batch(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "ab"}, {"text": "x" * 50}])
     options = data(Source(kind="jsonl", path=path), packing="document", held_out=0, batch_size=2)
     batch = next(build_stream(options, tokenizer, seed=0))
-    assert sorted(batch["attention_mask"].sum(1).tolist()) == [3, 32]
+    mask = batch["attention_mask"]
+    lengths = mask.sum(1)
+    assert sorted(lengths.tolist()) == [3, 32]
+    assert torch.equal(mask, (torch.arange(32) < lengths[:, None]).long())
+    assert (batch["input_ids"][mask == 0] == PAD).all()
 
 
 # Order and position
