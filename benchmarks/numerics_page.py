@@ -28,7 +28,7 @@ def renew(page: str, found: dict[str, str]) -> str:
     names = MARKERS.findall(page)
     if sorted(names) != sorted(found):
         raise LinearizeError(
-            f"numerics page: its markers are {', '.join(names) or 'none'}, the tables {', '.join(found)}; "
+            f"page: its markers are {', '.join(names) or 'none'}, the tables {', '.join(found)}; "
             "give each table one pair of markers"
         )
     return MARKERS.sub(lambda match: f"<!-- numbers: {match[1]} -->\n{found[match[1]]}\n<!-- end -->", page)

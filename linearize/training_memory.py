@@ -18,8 +18,8 @@ heads of size D, F features, W window, L = S + 2 W, V vocabulary, P processes. A
     update    8 + e bytes for the largest trained parameter: sums of gradients, Adam's temporaries
 
 Gradients are counted as alive throughout, as they are when several batches are accumulated. FSDP2 divides the frozen
-weights of the decoder's layers by P, the teacher copy's too; what is trained, and with it a fully trained student,
-stays whole in every process, and so do embedding, head and last norm. Without FSDP2 every process has everything.
+weights of the decoder's layers by P; what is trained stays whole in every process, and so do embedding, head and last
+norm. Without FSDP2 every process has everything.
 The transfer stage keeps nothing and has no logits: `layer` is then what one layer's loss takes, while the teacher's
 forward pass waits in that layer.
 
@@ -171,7 +171,8 @@ def training_memory(
     sizes = _sizes(model_config, config, lora_rank, lora_targets)
     setting = _Setting(sizes, DTYPE_BYTES[dtype], batch_size * seq_len, processes, fsdp, backend, top_k)
     stages = [setting.transfer()] if sizes.added else []
-    stages += [setting.distill(full, checkpointing) for full in (False, True) for checkpointing in (False, True)]
+    trained = (False,) if fsdp else (False, True)  # a fully trained student is in no shards, so a launch refuses it
+    stages += [setting.distill(full, checkpointing) for full in trained for checkpointing in (False, True)]
     return TrainingMemory(
         model=name,
         family=model_config.model_type,
