@@ -79,6 +79,10 @@ Settings = Annotated[
 ]
 Teacher = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The original, instead of the recipe's.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="runs/NAME-OF-RECIPE if left out.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="NAME", help="Report to tensorboard, wandb, mlflow, ...; can be given many times."),
+]
 ResultFile = Annotated[
     Path | None,
     typer.Option("--out", metavar="FILE", help="The JSON; if left out, in the folder of the student's run, else here."),
@@ -195,26 +199,37 @@ app.command(cls=PlainCommand)(select)
 
 
 @app.command(cls=PlainCommand)
-def distill(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
+def distill(
+    recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None, track: Track = None
+) -> None:
     """Convert a model and teach it; the student is saved in OUT/student. Goes on where an interrupted run ended.
 
     Example: linearize distill default --model path/to/model --set 'data.sources.0.path=texts/*.txt' --out runs/mine
     """
-    _job(recipe, model, out, set_, parts=("student",))
+    _job(recipe, model, out, set_, track, parts=("student",))
 
 
 @app.command(cls=PlainCommand)
-def run(recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None) -> None:
+def run(
+    recipe: RecipeName, model: Teacher = None, out: RunFolder = None, set_: Settings = None, track: Track = None
+) -> None:
     """The whole job of one recipe: convert, teach, evaluate, bench, report. Goes on where an interrupted run ended.
 
     Example: linearize run demo --out runs/short --set stages.0.transfer.budget.minutes=1
     """
     from linearize.job import PARTS
 
-    _job(recipe, model, out, set_, parts=PARTS)
+    _job(recipe, model, out, set_, track, parts=PARTS)
 
 
-def _job(name: str, model: str | None, out: Path | None, settings: list[str] | None, parts: tuple[str, ...]) -> None:
+def _job(
+    name: str,
+    model: str | None,
+    out: Path | None,
+    settings: list[str] | None,
+    track: list[str] | None,
+    parts: tuple[str, ...],
+) -> None:
     from linearize.distill.recipe import load_recipe
 
     recipe = load_recipe(name, [*([] if model is None else [f"model={model}"]), *(settings or [])])
@@ -222,7 +237,7 @@ def _job(name: str, model: str | None, out: Path | None, settings: list[str] | N
     from linearize.job import Job
 
     folder = out or Path("runs") / recipe.name
-    for path in Job(recipe, folder).run(parts):
+    for path in Job(recipe, folder, track or ()).run(parts):
         print(path)
 
 

@@ -8,6 +8,9 @@ OUT/student/         part "student": the conversion, taught
 OUT/control/         part "control": the original after the same end-to-end training
 OUT/window/          part "window": the conversion without its state, after the same end-to-end training
 OUT/evaluate.json, OUT/bench.json, OUT/report.html      the parts of these names
+OUT/trackers/        files of trackers that keep some
+
+Under `accelerate launch` all processes train, and process 0 alone writes, prints and does the other parts.
 """
 
 import os
@@ -25,12 +28,16 @@ import torch
 from linearize.benchmarks.files import read_json, write_json
 from linearize.checkpoint import save
 from linearize.console import note
-from linearize.convert import convert, is_converted
+from linearize.convert import added_parameters, convert, is_converted
+from linearize.distill import processes
 from linearize.distill.data import TokenStream, build_stream
+from linearize.distill.disk import writing
 from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
 from linearize.distill.options import Budget, DistillOptions, ExtendOptions
 from linearize.distill.recipe import Recipe, dump_recipe
+from linearize.distill.sharding import wants_sharding
+from linearize.distill.tracking import tracked
 from linearize.distill.transfer import run_transfer
 from linearize.errors import LinearizeError
 from linearize.inspection import inspect_config
@@ -42,7 +49,10 @@ from linearize.tasks import check_evaluation, evaluation_texts
 __all__ = ["PARTS", "Job"]
 
 PARTS = ("student", CONTROL, WINDOW, "evaluate", "bench", "report")
+TRAINED = ("student", CONTROL, WINDOW)
 KIND = "linearize.progress"
+# What an unfinished stage may go on with changed: a loss that diverges asks for another lr.
+CHANGEABLE = ("lr", "mixer_lr", "log_every", "checkpoint_minutes")
 
 
 class Job:
@@ -51,15 +61,20 @@ class Job:
     Args:
         recipe: what to do.
         folder: where everything goes; made where it is missing.
+        track: names of trackers that accelerate knows, or trackers of one's own; see `linearize.distill.tracking`.
 
     Raises:
         LinearizeError: the folder holds the run of another recipe or files of something else, or the recipe asks for
             what cannot be done together. Nothing is written then.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path):
+    def __init__(self, recipe: Recipe, folder: str | Path, track: Sequence[Any] = ()):
+        processes.open_accelerator()
         self.recipe = recipe
         self.folder = Path(folder)
+        self.track = track
+        # Sharded weights fit no single process: what one alone would do is left to a later call.
+        self.sharded = wants_sharding() and processes.count() > 1
         self.stages = _named(recipe)
         distills = [options for _, options in self.stages if isinstance(options, DistillOptions)]
         # Training that changes the original's own weights makes a whole student; else the student is an adapter.
@@ -73,10 +88,24 @@ class Job:
                 f"evaluate.{role}: a {role} row is trained with LoRA only, and a distill stage trains chosen "
                 f"parameters; set train to lora, or evaluate.{role} to false"
             )
-        self._progress = self._open()
+        if self.whole and self.sharded:
+            raise LinearizeError(
+                "accelerate: FSDP2 shards what is frozen and cannot save a whole student, and a distill stage trains "
+                "chosen parameters; set train to lora, or launch without --use_fsdp"
+            )
+        with processes.wait_for_main():
+            self._progress = self._open()
+        found = processes.gather([*self._progress["done"], *self._progress["steps"]])
+        if any(progress != found[0] for progress in found):
+            raise LinearizeError(
+                f"out: the processes find different progress in {str(self.folder)!r}; give a folder that all machines "
+                "share"
+            )
 
     def run(self, parts: Sequence[str]) -> list[Path]:
         """Do these parts, in the order of `PARTS`, but for those that are done; returns what each of them made.
+
+        Of several processes, process 0 alone does what is no training, and returns anything.
 
         Raises:
             LinearizeError: a part that does not exist, or whatever the parts refuse.
@@ -87,23 +116,33 @@ class Job:
         absent = {CONTROL, WINDOW} - set(self.beside)
         parts = [part for part in PARTS if part in parts and part not in absent]
         self._check(parts)
+        rest = [part for part in parts if part not in TRAINED]
+        if self.sharded and rest:
+            _note(f"{', '.join(rest)}: in one process; the same command without accelerate launch goes on with it")
+        if self.sharded or processes.rank() != 0:
+            parts = [part for part in parts if part in TRAINED]
+        with tracked(self.track, self.folder, self.recipe.to_dict()):
+            made = self._do(parts)
+        return made if processes.rank() == 0 else []
+
+    def _do(self, parts: Sequence[str]) -> list[Path]:
         made = []
         try:
             for number, part in enumerate(parts, 1):
                 where = f"[{number}/{len(parts)}] {part}"
                 done = self._progress["done"]
                 if part in done:
-                    note(f"{where}: done before")
+                    _note(f"{where}: done before")
                     made.append(self.folder / done[part]["made"])
                     continue
-                note(where)
+                _note(where)
                 start = time.perf_counter()
                 made.append(getattr(self, f"_{part}")())
                 if part != "report":  # it costs a second and shows whatever is there by now
                     done[part] = {"made": made[-1].name, "seconds": round(time.perf_counter() - start, 1)}
                     self._write_progress()
         except KeyboardInterrupt:
-            note("the same command goes on from here")
+            _note("the same command goes on from here")
             raise
         return made
 
@@ -112,27 +151,53 @@ class Job:
         asked = self.recipe.to_dict()
         if path.is_file():
             progress = read_json(path, KIND)
-            if progress["recipe"] != asked:
+            done = list(progress["steps"]) if "student" not in progress["done"] else [name for name, _ in self.stages]
+            before, now = self._fixed(progress["recipe"], done), self._fixed(asked, done)
+            if before != now:
                 raise LinearizeError(
-                    f"out: {str(self.folder)!r} holds the run of another recipe "
-                    f"({_difference(progress['recipe'], asked)}); give another --out, or the same recipe to go on"
+                    f"out: {str(self.folder)!r} holds the run of another recipe ({_difference(before, now)}); give "
+                    "another --out, or the same recipe to go on"
                 )
+            if progress["recipe"] != asked:
+                changed = {"what": _difference(progress["recipe"], asked), "after": dict(progress["steps"])}
+                progress["changed"] = [*progress.get("changed", []), changed]
+                progress["recipe"] = asked
             return progress
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise LinearizeError(f"out: {str(self.folder)!r} holds files of something else; give a new folder")
         return {"kind": KIND, "schema": 1, "recipe": asked, "dtype": None, "streams": {}, "steps": {}, "done": {}}
 
+    def _fixed(self, recipe: dict[str, Any], done: Sequence[str]) -> dict[str, Any]:
+        """The settings that a run may not change any more, `done` being its finished stages."""
+        stages = []
+        for index, stage in enumerate(recipe["stages"]):
+            if index < len(self.stages) and self.stages[index][0] in done:
+                stages.append(stage)
+            else:
+                stages.append(
+                    {
+                        kind: {key: value for key, value in options.items() if key not in CHANGEABLE}
+                        for kind, options in stage.items()
+                    }
+                )
+        return recipe | {"stages": stages}
+
     def _write_progress(self) -> None:
-        write_json(self.folder / "progress.json", self._progress)
+        if processes.rank() == 0:
+            path = self.folder / "progress.json"
+            with writing(path, len(str(self._progress))):
+                write_json(path, self._progress)
 
     def _check(self, parts: Sequence[str]) -> None:
         """What would fail after the training is found before it. Then the folder is begun."""
         inspect_config(load_config(self.recipe.model), self.recipe.convert)
         if "evaluate" in parts:
             check_evaluation(self.recipe.evaluate, self._texts, self._tokenizer, self.recipe.seed)
-        if not (self.folder / "recipe.yaml").is_file():
+        processes.gather(None)  # all have read the folder and found nothing wrong
+        written = self.folder / "recipe.yaml"
+        if processes.rank() == 0 and (not written.is_file() or "changed" in self._progress):
             self._write_progress()
-            dump_recipe(self.recipe, self.folder / "recipe.yaml")
+            dump_recipe(self.recipe, written)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -146,16 +211,21 @@ class Job:
     def _dtype(self) -> torch.dtype:
         """Chosen once a run: a probe that falls out otherwise must not change a run that goes on."""
         if self._progress["dtype"] is None:
-            dtype, reason = resolve_dtype(self.recipe.dtype)
-            note(f"dtype: {reason}")
+            dtype, reason = processes.from_main(resolve_dtype(self.recipe.dtype))
+            _note(f"dtype: {reason}")
             self._progress["dtype"] = str(dtype).removeprefix("torch.")
             self._write_progress()
         return getattr(torch, self._progress["dtype"])
 
+    @property
+    def _device(self) -> str | None:
+        """Where models are loaded; None is the process's GPU, if there is one. Sharded ones go there layer by layer."""
+        return "cpu" if self.sharded else None
+
     @cached_property
     def _model(self) -> Any:
         """The student, with its LoRA apart; and those that were trained beside it."""
-        model, _ = load_model(self.folder / "student", self._dtype, merge=False)
+        model, _ = load_model(self.folder / "student", self._dtype, self._device, merge=False)
         for role in self.beside:
             if role in self._progress["done"]:
                 model.load_adapter(str(self.folder / role), adapter_name=role)
@@ -171,11 +241,12 @@ class Job:
         if seq_len is not None:
             data = replace(data, seq_len=seq_len, packing="document")
         teacher = comparison_rows(model)["original"]() if is_converted(model) else nullcontext(model)
-        with teacher:
+        # Process 0 lets the teacher write what is missing; the others read it.
+        with teacher, processes.wait_for_main():
             return build_stream(data, self._tokenizer, self.recipe.seed, teacher=model, cache_dir=self.folder / "texts")
 
     def _student(self) -> Path:
-        model, _ = load_model(self.recipe.model, self._dtype)
+        model, _ = load_model(self.recipe.model, self._dtype, self._device)
         stream = self._stream(model)
         torch.manual_seed(self.recipe.seed)
         convert(model, self.recipe.convert)
@@ -198,9 +269,23 @@ class Job:
             self._write_progress()
         if self.whole and hasattr(model, "peft_config"):
             model = model.merge_and_unload()
-        save(model, self.folder / "student", adapter=not self.whole, tokenizer=self._tokenizer)
+        with processes.wait_for_main():
+            if processes.rank() == 0:
+                self._save(model)
         self._model = model.eval()
         return self.folder / "student"
+
+    def _save(self, model: Any) -> None:
+        final, partial = self.folder / "student", self.folder / "student.partial"
+        learned = [p for name, p in model.named_parameters() if ".lora_" in name] + list(
+            added_parameters(model).values()
+        )
+        size = sum(p.nbytes for p in (model.parameters() if self.whole else learned))
+        with writing(final, size, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            save(model, partial, adapter=not self.whole, tokenizer=self._tokenizer)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
 
     def _control(self) -> Path:
         return self._trained_beside(CONTROL)
@@ -223,20 +308,29 @@ class Job:
                 shared = {"accumulation": self.recipe.gradient_accumulation}
                 model, outcome = run_distill(model, stream, options, self.folder, role=role, stage=name, **shared)
                 _say(name, outcome)
-        # peft puts a named adapter into a folder of its own inside the one it is given, beside files we do not want.
-        partial = self.folder / f"{role}.partial"
-        model.save_pretrained(partial, selected_adapters=[role], save_embedding_layers=False)
-        shutil.rmtree(self.folder / role, ignore_errors=True)
-        os.replace(partial / role, self.folder / role)
-        shutil.rmtree(partial)
+        with processes.wait_for_main():
+            if processes.rank() == 0:
+                self._save_beside(model, role)
         return self.folder / role
 
+    def _save_beside(self, model: Any, role: str) -> None:
+        final, partial = self.folder / role, self.folder / f"{role}.partial"
+        size = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name and f".{role}." in name)
+        with writing(final, size, partial):
+            # peft puts a named adapter into a folder of its own inside the given one, beside files we do not want.
+            model.save_pretrained(partial, selected_adapters=[role], save_embedding_layers=False)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial / role, final)
+            shutil.rmtree(partial)
+
     def _evaluate(self) -> Path:
+        from linearize.also import tokens_seen
         from linearize.benchmarks.evaluate import evaluate_rows
 
         base = load_model(self.recipe.model, self._dtype)[0] if self.whole else None
         rows = comparison_rows(self._model, base)
         result = evaluate_rows(rows, self._tokenizer, self._texts, self.recipe.evaluate, self.recipe.seed)
+        result["tokens_seen"] = tokens_seen(rows, self.folder)
         print_evaluation(result)
         return write_json(self.folder / "evaluate.json", result)
 
@@ -278,15 +372,21 @@ def _named(recipe: Recipe) -> list[tuple[str, Any]]:
     return named
 
 
+def _note(text: str) -> None:
+    """One line, of process 0."""
+    if processes.rank() == 0:
+        note(text)
+
+
 def _say(stage: str, outcome: Outcome) -> None:
     """What a stage did, and the losses at its start and end."""
     speed = outcome.tokens / max(outcome.seconds, 1e-9)
-    note(
+    _note(
         f"{stage}: {outcome.steps} steps, {outcome.tokens} tokens in {outcome.seconds / 60:.1f} min "
         f"({speed:.0f} tokens/s)"
     )
     for name, first in outcome.first.items():
-        note(f"  {name:<9} {first:.4f} -> {outcome.last[name]:.4f}")
+        _note(f"  {name:<9} {first:.4f} -> {outcome.last[name]:.4f}")
 
 
 def _difference(before: Any, now: Any, where: str = "") -> str:

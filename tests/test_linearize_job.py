@@ -40,11 +40,8 @@ def place(tmp_path_factory) -> Path:
         "data": {"sources": [{"kind": "text", "path": str(folder / "text.txt")}], "seq_len": 64},
         "stages": [{"transfer": stage}, {"distill": stage | {"lora_rank": 2}}],
         "evaluate": {
-            "tokens": 256,
-            "seq_len": 64,
-            "needle_lengths": [100],
-            "needle_depths": [0.5],
-            "window": True,
+            **{"tokens": 256, "contexts": [64], "needle_lengths": [100], "needle_depths": [0.5]},
+            **{"kl_tokens": 64, "answers": 1, "answer_tokens": 4, "window": True},
         },
         "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1},
         "dtype": "float32",
@@ -112,8 +109,10 @@ class TestRun:
         out = tmp_path / "alone.json"
         held_out = tmp_path / "held_out.txt"
         tokenizer = load_model(place / "original", "float32", "cpu")[1]
-        held_out.write_text(tokenizer.decode(Job(recipe(place), finished[0])._held_out, skip_special_tokens=True))
-        words = ["evaluate", str(place / "original"), "--text", str(held_out), "--out", str(out), "--seq-len", "64"]
+        held_out.write_text(
+            tokenizer.decode(Job(recipe(place), finished[0])._texts["held-out"], skip_special_tokens=True)
+        )
+        words = ["evaluate", str(place / "original"), "--text", str(held_out), "--out", str(out), "--contexts", "64"]
         options = ["--tokens", "256", "--needle", "none", "--dtype", "float32"]
         assert CliRunner().invoke(app, [*words, *options]).exit_code == 0
         alone = json.loads(out.read_text())["perplexity"]["rows"]["original"]["ppl"]
@@ -200,6 +199,73 @@ class TestGoingOn:
         assert json.loads((out / "bench.json").read_text())["dtypes"]["student"] == "bfloat16"
 
 
+class TestGoingOnWithChanges:
+    def test_an_unfinished_stage_takes_another_lr(self, place: Path, tmp_path: Path, monkeypatch):
+        """What a loss that diverges asks for: the same folder, a lower lr, from the last checkpoint."""
+        out = tmp_path / "out"
+
+        def stop(*args, **named):
+            raise LinearizeError("distill: the loss diverges")
+
+        settings = ("evaluate.control=false", "evaluate.window=false")
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "run_distill", stop)
+            assert run(place, out, *settings, command="distill").exit_code == 2
+        refused = run(place, out, *settings, "stages.0.transfer.lr=1e-5", command="distill")  # that stage is over
+        assert "(stages[0].transfer.lr is 0.02 there and 1e-05 here)" in refused.stderr
+        refused = run(place, out, *settings, "stages.1.distill.lora_rank=3", command="distill")
+        assert "(stages[1].distill.lora_rank is 2 there and 3 here)" in refused.stderr
+        result = run(place, out, *settings, "stages.1.distill.lr=1e-5", command="distill")
+        assert result.exit_code == 0, result.output
+        lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+        assert 0 < max(line["lr"] for line in lines if line["stage"] == "distill") <= 1e-5
+        progress = json.loads((out / "progress.json").read_text())
+        assert progress["changed"] == [
+            {"what": "stages[1].distill.lr is 0.0002 there and 1e-05 here", "after": {"transfer": 3}}
+        ]
+        assert yaml.safe_load((out / "recipe.yaml").read_text())["stages"][1]["distill"]["lr"] == 1e-5
+        refused = run(place, out, *settings, "stages.1.distill.lr=1e-4", command="distill")
+        assert "(stages[1].distill.lr is 1e-05 there and 0.0001 here)" in refused.stderr
+
+    @pytest.mark.parametrize("file", ["adapter.safetensors", "adapter_model.safetensors", "linearize.json.partial"])
+    def test_a_full_disk_while_the_student_is_saved(
+        self, place: Path, tmp_path: Path, finished, monkeypatch, file: str
+    ):
+        import peft.peft_model
+        import safetensors.torch
+
+        from linearize import checkpoint
+
+        out = tmp_path / "out"
+        save, write = safetensors.torch.save_file, Path.write_text
+
+        def save_file(tensors, path, **named):
+            if Path(path).name == file:
+                Path(path).write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            save(tensors, path, **named)
+
+        def write_text(path, text, **named):
+            if path.name == file:
+                write(path, text[:9], **named)
+                raise OSError(28, "No space left on device")
+            return write(path, text, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", save_file)
+            patch.setattr(peft.peft_model, "safe_save_file", save_file)
+            patch.setattr(Path, "write_text", write_text)
+            result = run(place, out, command="distill")
+        assert result.exit_code == 2, result.output
+        message = result.stderr.splitlines()[-1]
+        assert message.startswith(f"error: {out}/student: cannot be written (No space left on device); it needs ")
+        assert "free; make room, then the same command goes on" in message
+        assert not (out / "student").exists()
+        assert not (out / "student.partial").exists()
+        assert run(place, out, command="distill").exit_code == 0
+        assert same(weights(out / "student"), weights(finished[0] / "student"))
+
+
 class TestOtherRecipes:
     def test_chosen_parameters_make_a_whole_student(self, place: Path, tmp_path: Path):
         train = "stages.1.distill.train=['*.o_proj.weight']"
@@ -233,6 +299,62 @@ class TestOtherRecipes:
         assert list((tmp_path / "out" / "texts").iterdir())
 
 
+class TestSeveralProcesses:
+    """`accelerate launch`, whose processes train together; the first one does the rest."""
+
+    @staticmethod
+    def launched(place: Path, out: Path, *words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", *words, "-m", "linearize"]
+        command += ["run", str(place / "recipe.yaml"), "--out", str(out)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+    @pytest.mark.slow
+    def test_a_whole_job(self, place: Path, tmp_path: Path):
+        out = tmp_path / "two"
+        result = self.launched(place, out)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines() == [str(out / name) for name in ALL]
+        assert run(place, tmp_path / "one", "gradient_accumulation=2").exit_code == 0
+        lines, others = (
+            [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        assert [(x["stage"], x["step"], x["tokens"]) for x in lines] == [
+            (x["stage"], x["step"], x["tokens"]) for x in others
+        ]
+        for line, other in zip(lines, others):
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+        rows = [
+            json.loads((tmp_path / name / "evaluate.json").read_text())["perplexity"]["rows"] for name in ("one", "two")
+        ]
+        assert rows[0].keys() == rows[1].keys()
+        # Process 0 alone spoke.
+        assert result.stderr.count("transfer: 3 steps") == 1
+        # One process goes on with what two have done.
+        assert run(place, out).stderr.count("done before") == len(ALL) - 1
+
+    @pytest.mark.slow
+    def test_sharded(self, place: Path, tmp_path: Path):
+        out = tmp_path / "two"
+        result = self.launched(place, out, "--use_fsdp", "--fsdp_version", "2")
+        assert result.returncode == 0, result.stderr
+        assert "in one process; the same command without accelerate launch goes on with it" in result.stderr
+        assert not (out / "evaluate.json").exists()
+        after = run(place, out)
+        assert after.exit_code == 0, after.output
+        assert (out / "evaluate.json").exists()
+
+
+def test_a_tracker_by_name(place: Path, tmp_path: Path):
+    words = ["distill", str(place / "recipe.yaml"), "--out", str(tmp_path / "out"), "--track", "tensorbored"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: track: 'tensorbored' is unknown; choose from aim, clearml, ")
+
+
 class TestRefusals:
     """Found before anything is trained or written."""
 
@@ -246,7 +368,10 @@ class TestRefusals:
             (["stages.1={transfer: {budget: {steps: 1}}}"], "stages: transfer is listed twice; give it once"),
             (["evaluate.text=[nowhere.txt]"], "text: 'nowhere.txt' is not a file"),
             (["evaluate.choices=[nowhere.jsonl]"], "choices: 'nowhere.jsonl' is not a file"),
-            (["evaluate.tokens=99999", "evaluate.contexts=[99999]"], "held-out tokens do not fill one sequence of 99999"),
+            (
+                ["evaluate.tokens=99999", "evaluate.contexts=[99999]"],
+                "held-out tokens do not fill one sequence of 99999",
+            ),
             (["evaluate.needle_lengths=[65]"], "needle_lengths: 65 is too short for the sentence"),
             (["data.held_out=0"], "data.held_out: 0.0 leaves no text to evaluate on"),
             (["data.sources.0.path=nowhere.txt"], "nowhere.txt"),
@@ -272,7 +397,9 @@ class TestRefusals:
 
 
 def test_unknown_part(tmp_path: Path):
-    with pytest.raises(LinearizeError, match="parts: 'studnt' is unknown; choose from student, control, evaluate"):
+    with pytest.raises(
+        LinearizeError, match="parts: 'studnt' is unknown; choose from student, control, window, evaluate"
+    ):
         Job(load_recipe("demo"), str(tmp_path)).run(["studnt"])
 
 
