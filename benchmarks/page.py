@@ -7,7 +7,18 @@ from string import Template
 
 from linearize.benchmarks.summary import Sentence
 
-__all__ = ["definitions", "figure", "page", "paragraph", "preformatted", "section", "sentences", "subsection", "table"]
+__all__ = [
+    "definitions",
+    "details",
+    "figure",
+    "page",
+    "paragraph",
+    "preformatted",
+    "section",
+    "sentences",
+    "subsection",
+    "table",
+]
 
 # What a sentence's mark says to those who do not see it.
 TONES = {"good": ("+", "good: "), "bad": ("−", "bad: "), "open": ("?", "undecided: "), "note": ("·", "note: ")}
@@ -85,6 +96,11 @@ def definitions(pairs: Sequence[tuple[str, str]]) -> str:
 def preformatted(summary: str, text: str) -> str:
     """A text as it stands in a file, folded away under a line that opens it."""
     return f"<details><summary>{escape(summary)}</summary>\n<pre>{escape(text)}</pre></details>"
+
+
+def details(summary: str, body: str) -> str:
+    """Elements folded away under a line that opens them."""
+    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
 
 
 def page(title: str, subtitle: str, body: Sequence[str]) -> str:
@@ -171,6 +187,7 @@ th:first-child { text-align: left; padding-left: 0; padding-right: 0.5rem; posit
 .plots { display: grid; margin: 1.25rem 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
   gap: 1.5rem 2rem; }
 figure { margin: 0; min-width: 0; }
+figure { margin-bottom: 1rem; }
 figure svg { display: block; width: 100%; height: auto; max-width: 30rem; }
 figcaption { font: 0.85rem/1.45 var(--sans); color: var(--soft); max-width: 30rem;
   margin-top: 0.3rem; }

@@ -1,10 +1,12 @@
-"""The report's plots as inline SVG, drawn with matplotlib where it is installed.
+"""The report's plots as inline SVG, drawn with matplotlib where it is installed; heat maps without it.
 
 Colours are placeholders in matplotlib and CSS variables in the SVG, so that a plot follows the page into dark mode.
 Figures are as wide as a phone's column, so that their text stays readable where they are shown smallest.
 """
 
+import html
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -12,8 +14,9 @@ from typing import Any
 
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.summary import CONTROL, STATE_OFF, WINDOW_OFF, WINDOW_SINKS
+from linearize.benchmarks.training_log import HeatMap
 
-__all__ = ["COLORS", "available", "plot_cache", "plot_decode", "plot_layers", "plot_loss", "plot_positions"]
+__all__ = ["COLORS", "available", "plot_cache", "plot_curve", "plot_decode", "plot_heat", "plot_positions"]
 
 # CSS variable -> the placeholder that matplotlib draws with. No two alike, none used by matplotlib itself.
 COLORS = {
@@ -38,6 +41,7 @@ STYLES = {
 }
 OTHER = ("--other", "--", "x")
 WIDTH, HEIGHT = 4.6, 3.1
+SHADES = 10  # of a heat map
 
 
 def available() -> bool:
@@ -157,38 +161,68 @@ def plot_positions(perplexity: dict[str, Any]) -> str:
     return _svg("positions", "Perplexity by position, one line a row", draw)
 
 
-def plot_layers(name: str, start: Sequence[float], end: Sequence[float], layers: Sequence[str]) -> str:
-    """Loss of each layer at the first and the last logged step of a stage."""
+def plot_curve(name: str, tokens: Sequence[float], values: Sequence[float], label: str, logarithmic: bool) -> str:
+    """One number of a stage over the tokens read; `logarithmic` where it is above 0 throughout."""
 
     def draw(axes: Any) -> None:
-        at = range(len(layers))
-        shared = {"linewidth": 1.3, "markersize": 4}
-        axes.plot(at, start, "o:", color=COLORS["--state-off"], label="first step", **shared)
-        axes.plot(at, end, "D-", color=COLORS["--student"], label="last step", **shared)
-        if min([*start, *end]) > 0:
+        axes.plot(tokens, values, color=COLORS["--student"], linewidth=1.3)
+        if logarithmic and min(values) > 0:
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
-        step = max(1, len(layers) // 8)
-        axes.set_xticks(list(at)[::step], list(layers)[::step])
-        axes.set_xlabel("layer")
-        axes.set_ylabel("loss")
-        _legend(axes, 2)
-
-    return _svg(name, "Loss of each layer at the first and the last step", draw)
-
-
-def plot_loss(name: str, tokens: Sequence[float], loss: Sequence[float]) -> str:
-    """Loss of a stage over the tokens read."""
-
-    def draw(axes: Any) -> None:
-        axes.plot(tokens, loss, color=COLORS["--student"], linewidth=1.3)
-        if min(loss) > 0:
-            axes.set_yscale("log")
-            _plain_ticks(axes.yaxis)
+        elif not logarithmic:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens")
-        axes.set_ylabel("loss")
+        axes.set_ylabel(label)
 
-    return _svg(name, "Loss by tokens read", draw)
+    return _svg(name, f"{label} by tokens read", draw)
+
+
+def plot_heat(name: str, heat: HeatMap) -> str:
+    """Losses of layers over the tokens read, the darker the higher, in `SHADES` equal steps of the logarithm.
+
+    Written by hand, because matplotlib has no colours that follow the page's theme, and no element for many cells.
+    """
+    known = [loss for losses in heat.losses for loss in losses if loss is not None]
+    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    steps = max(math.log(high / low), 1e-9)
+    columns = len(heat.edges) - 1
+    row, left, right, label = 10 if len(heat.layers) < 40 else 7, 26, 440, "font: 10px var(--sans); fill: var(--ink)"
+    wide, bottom = (right - left) / columns, row * len(heat.layers)
+    cells: list[list[str]] = [[] for _ in range(SHADES)]
+    for index, losses in enumerate(heat.losses):
+        for column, loss in enumerate(losses):
+            if loss is not None:
+                shade = min(int(SHADES * math.log(loss / low) / steps), SHADES - 1)
+                cells[shade].append(f"M{left + wide * column:.2f} {row * index}h{wide:.2f}v{row}h-{wide:.2f}z")
+    parts = [
+        f'<path style="fill: var(--student); fill-opacity: {_opacity(shade)}" d="{"".join(drawn)}"/>'
+        for shade, drawn in enumerate(cells)
+        if drawn
+    ]
+    every = max(1, -(-len(heat.layers) // 12))
+    for index, layer in list(enumerate(heat.layers))[::every]:
+        parts.append(_text(left - 5, row * index + row - 1, html.escape(layer), "end", label))
+    first, last = (f"{edge:,.0f}".replace(",", " ") for edge in (heat.edges[0], heat.edges[-1]))
+    parts.append(_text(left, bottom + 13, first, "start", label))
+    parts.append(_text(right, bottom + 13, f"{last} tokens", "end", label))
+    parts.append(_text(left, bottom + 34, f"{low:.3g}", "start", label))
+    for shade in range(SHADES):
+        style = f"fill: var(--student); fill-opacity: {_opacity(shade)}"
+        parts.append(f'<path style="{style}" d="M{left + 56 + 16 * shade} {bottom + 25}h16v10h-16z"/>')
+    parts.append(_text(left + 62 + 16 * SHADES, bottom + 34, f"{high:.3g}", "start", label))
+    said = f"Loss of {len(heat.layers)} layers over {columns} spans of tokens, from {low:.3g} to {high:.3g}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 4} {bottom + 40}" role="img" id="{name}" '
+        f'aria-label="{said}">{"".join(parts)}</svg>'
+    )
+
+
+def _opacity(shade: int) -> str:
+    return f"{0.05 + 0.95 * shade / (SHADES - 1):.2f}"
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" style="{style}">{text}</text>'
 
 
 def _series(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -1,13 +1,10 @@
 """One page of HTML from the results in a run's folder.
 
 Reads what is there of evaluate.json, bench.json, train.jsonl and recipe.yaml, and writes report.html: a single file
-without scripts or anything from the network. A line of train.jsonl is an object
-
-    {"stage": str, "step": int, "tokens": int, "loss": float, "lr": float, "tokens_per_s": float,
-     "losses_per_layer": {LAYER: float, ...}}             the last only where a stage has it
+without scripts or anything from the network. A training that is still running is shown as far as it is.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +13,7 @@ from linearize.benchmarks import decode, evaluate, page, plots
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.files import read_json, write_text
 from linearize.benchmarks.summary import difference, number, percent, quality_sentences, size, speed_sentences
+from linearize.benchmarks.training_log import HeatMap, StageLog, heat_map, read_train_log, stage_logs, thinned
 from linearize.errors import LinearizeError
 
 __all__ = ["read_train_log", "write_report"]
@@ -39,54 +37,41 @@ def write_report(folder: str | Path) -> Path:
     if quality is None and speed is None and not log:
         raise LinearizeError(
             f"{folder}: no evaluate.json, bench.json or train.jsonl to report on; "
-            "run `linearize evaluate` or `linearize bench` first"
+            "run `linearize evaluate` or `linearize bench` first, or wait for a training's first step"
         )
     recipe = path.read_text(encoding="utf-8") if (path := paths["recipe.yaml"]).is_file() else None
+    values = _parsed(recipe)
+    stages = stage_logs(log, values)
     drawn = plots.available()
     body = [
+        _running(stages),
         _summary(quality, speed, drawn),
         *([] if quality is None else [_quality(quality, drawn), _choices(quality), _needle(quality)]),
         "" if speed is None else _speed(speed, drawn),
-        _training(log, drawn),
+        _training(stages, drawn),
         _machine(quality, speed, recipe),
     ]
-    title, subtitle = _title(recipe)
+    title, subtitle = _title(values)
     return write_text(folder / "report.html", page.page(title, subtitle, body))
 
 
-def read_train_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a train.jsonl. A last line that was cut off, as by a kill, is left out.
-
-    Raises:
-        LinearizeError: any other line that is not an object with a stage, tokens and a loss; names the line.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole, last = lines[:-1], lines[-1]  # a whole line ends in a newline, so the last piece is empty
-    records = []
-    for position, line in enumerate([*whole, last], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if position == len(lines):
-                break
-            raise LinearizeError(f"{path}:{position}: not JSON ({error}); delete that line") from error
-        if not isinstance(record, dict) or not {"stage", "tokens", "loss"} <= record.keys():
-            raise LinearizeError(f"{path}:{position}: not a line of a training log; it needs stage, tokens and loss")
-        records.append(record)
-    return records
-
-
-def _title(recipe: str | None) -> tuple[str, str]:
-    """Title and subtitle; from the recipe where there is one."""
+def _parsed(recipe: str | None) -> dict[str, Any]:
+    """What recipe.yaml holds; empty where there is none."""
     if recipe is None:
-        return "Student and original, side by side", "How much was kept, and what was gained."
+        return {}
     import yaml
 
     try:
         values = yaml.safe_load(recipe)
     except yaml.YAMLError as error:
         raise LinearizeError(f"recipe.yaml: not YAML ({' '.join(str(error).split())}); restore or delete it") from error
-    values = values if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _title(values: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle; from the recipe where there is one."""
+    if not values:
+        return "Student and original, side by side", "How much was kept, and what was gained."
     model = str(values.get("model") or "a model").rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     convert = values.get("convert") or {}
     parts = [f"{key.replace('_', ' ')} {convert[key]}" for key in ("mixer", "window", "sinks", "mix") if key in convert]
@@ -284,39 +269,101 @@ def _speed(result: dict[str, Any], drawn: bool) -> str:
     )
 
 
-def _training(log: list[dict[str, Any]], drawn: bool) -> str:
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for record in log:
-        stages.setdefault(str(record["stage"]), []).append(record)
-    rows, figures = [], []
-    for index, (stage, records) in enumerate(stages.items()):
+def _running(stages: list[StageLog]) -> str:
+    """How far a training is that is not at its end."""
+    current = next((stage for stage in stages if not stage.finished), None)
+    begun = [stage for stage in stages if stage.records]
+    if current is None or not begun:
+        return ""
+    waiting = [stage.name for stage in stages if not stage.records]
+    if current.records and current.share is not None:
+        last = current.records[-1]
+        words = (
+            f"{current.name}: {percent(current.share)} done, step {last.get('step', '–')}, loss {number(last['loss'])}"
+        )
+        words += f", {_duration(current.left)} left at the speed so far." if current.left is not None else "."
+    else:
+        words = f"{begun[-1].name} is done."
+    if waiting:
+        words += f" Still to come: {', '.join(waiting)}."
+    return page.section(
+        "Not finished yet",
+        page.paragraph(words),
+        page.paragraph("The page stands still: `linearize report` writes it again, as often as you like.", "small"),
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest:02d} min" if hours else f"{minutes} min"
+
+
+def _training(stages: list[StageLog], drawn: bool) -> str:
+    rows, parts = [], []
+    for index, stage in enumerate(stages):
+        records = stage.records
+        if not records:
+            continue
         first, last = records[0], records[-1]
         speeds = [record["tokens_per_s"] for record in records if record.get("tokens_per_s")]
+        held = [record["peak_memory_bytes"] for record in records if record.get("peak_memory_bytes")]
         rows.append(
             [
-                stage,
+                stage.name,
+                "–" if stage.share is None else percent(stage.share),
                 str(last.get("step", "–")),
                 f"{last['tokens']:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+                "–" if stage.seconds is None else _duration(stage.seconds),
                 number(first["loss"]),
                 number(last["loss"]),
                 number(median(speeds)) if speeds else "–",
+                size(max(held)) if held else "–",
             ]
         )
-        per_layer = [record["losses_per_layer"] for record in records if record.get("losses_per_layer")]
-        if not drawn:
-            continue
-        if per_layer:
-            layers = list(per_layer[0])
-            start, end = ([float(losses[layer]) for layer in layers] for losses in (per_layer[0], per_layer[-1]))
-            svg = plots.plot_layers(f"layers{index}", start, end, layers)
-            figures.append((svg, f"{stage}: loss of each layer at the first and the last logged step."))
-        if len(records) > 1:
-            svg = plots.plot_loss(f"loss{index}", [r["tokens"] for r in records], [r["loss"] for r in records])
-            figures.append((svg, f"{stage}: loss by tokens read."))
+        figures = _curves(index, records) if drawn and len(records) > 1 else []
+        layers = heat_map(records)
+        if layers is not None:
+            parts.append(page.subsection(f"Layers in {stage.name}", *_heat(index, stage.name, layers)))
+        if figures:
+            parts.append(page.subsection(f"Curves of {stage.name}", _figures(*figures)))
     if not rows:
         return ""
-    head = ["stage", "steps", "tokens", "loss, first", "loss, last", "tokens/s, median"]
-    return page.section("Training", page.table("Stages, as logged", head, rows), _figures(*figures) if figures else "")
+    head = ["stage", "done", "steps", "tokens", "time", "loss, first", "loss, last", "tokens/s, median", "peak memory"]
+    return page.section("Training", page.table("Stages, as logged", head, rows), *parts)
+
+
+def _curves(index: int, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Loss, speed and learning rate of a stage by tokens; only what its lines have."""
+    figures = []
+    for key, label, caption, logarithmic in (
+        ("loss", "loss", "Loss.", True),
+        ("tokens_per_s", "tokens/s", "Tokens a second since the stage began.", False),
+        ("lr", "learning rate", "Learning rate.", False),
+    ):
+        told = thinned([record for record in records if record.get(key) is not None])
+        if len(told) > 1:
+            values = [float(record[key]) for record in told]
+            tokens = [float(record["tokens"]) for record in told]
+            figures.append((plots.plot_curve(f"{key}{index}", tokens, values, label, logarithmic), caption))
+    return figures
+
+
+def _heat(index: int, stage: str, heat: HeatMap) -> tuple[str, str]:
+    """The picture, and the same as a table of five moments."""
+    columns = len(heat.edges) - 1
+    moments = sorted({round(part * (columns - 1)) for part in (0, 0.25, 0.5, 0.75, 1)})
+    rows = []
+    for layer, losses in zip(heat.layers, heat.losses):
+        ends = losses[0], losses[-1]
+        change = number(ends[1] / ends[0]) if ends[0] is not None and ends[1] is not None else "–"
+        rows.append([layer, *(number(losses[column]) for column in moments), change])
+    at = [f"{heat.edges[column + 1]:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}") for column in moments]
+    caption = f"{stage}: loss of each layer by tokens read, dark is high; the colours are logarithmic."
+    table = page.table(f"{stage}: loss of each layer up to so many tokens", ["layer", *at, "last over first"], rows)
+    return page.figure(plots.plot_heat(f"heat{index}", heat), caption), page.details("The same as numbers", table)
 
 
 def _machine(quality: dict[str, Any] | None, speed: dict[str, Any] | None, recipe: str | None) -> str:

@@ -12,6 +12,7 @@ import pytest
 from linearize.benchmarks import plots
 from linearize.benchmarks.files import write_json, write_text
 from linearize.benchmarks.report import read_train_log, write_report
+from linearize.benchmarks.training_log import COLUMNS, POINTS, heat_map, stage_logs, thinned
 from linearize.errors import LinearizeError
 from tests.benchmark_results import fabricate_bench, fabricate_evaluation, fabricate_log
 
@@ -106,7 +107,7 @@ def test_page_is_valid_and_needs_nothing_else(text):
     assert "@import" not in text
     clips = set(re.findall(r"url\(#([^)]+)\)", text))
     assert clips <= set(page.ids)
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 10
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
 
@@ -120,7 +121,8 @@ def test_page_says_what_the_results_say(text):
         "At 1024 tokens of context the student decodes a token in",
         "original, static cache",
         "linearize evaluate runs/demo",
-        "transfer: loss of each layer",
+        "transfer: loss of each layer by tokens read",
+        "Curves of distill",
         "100 questions; guessing gives 25 %",
         "1024 at 90 %",
     ):
@@ -128,7 +130,7 @@ def test_page_says_what_the_results_say(text):
 
 
 def test_every_table_scrolls_in_its_own_container(text):
-    assert text.count("<table>") == text.count('<div class="scroll"') == 8
+    assert text.count("<table>") == text.count('<div class="scroll"') == 9
 
 
 def test_same_results_same_bytes(results, text):
@@ -168,7 +170,7 @@ def test_without_matplotlib_the_tables_remain(run, text, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python takes as not installed
     plain = write_report(run).read_text(encoding="utf-8")
-    assert "svg" not in Page(plain).tags
+    assert Page(plain).tags.count("svg") == 1  # the heat map, which needs no library
     assert plain.count("<table>") == text.count("<table>")
     assert "they need matplotlib (pip install &#x27;linearize[report]&#x27;)" in plain
 
@@ -220,3 +222,170 @@ def test_a_log_cut_off_by_a_kill_is_read_up_to_there(tmp_path):
     write_text(path, '{"stage": "a"}\n')
     with pytest.raises(LinearizeError, match="it needs stage, tokens and loss"):
         read_train_log(path)
+
+
+STAGED = """
+model: some/model
+stages:
+- transfer:
+    budget: {tokens: 4000, steps: 100, minutes: null}
+- distill:
+    budget: {minutes: 10.0}
+evaluate: {control: true, window: false}
+"""
+
+
+def lines(stage: str, count: int, layers: int = 0, **changes) -> list[dict]:
+    """One line every 10 steps of 10 tokens and half a second each."""
+    found = []
+    for n in range(1, count + 1):
+        record = {"stage": stage, "step": 10 * n, "tokens": 100 * n, "seconds": 5.0 * n, "loss": 1 / n, "lr": 0.1}
+        record |= {"tokens_per_s": 20.0, "peak_memory_bytes": 2**30, **changes}
+        if layers:
+            record["losses_per_layer"] = {str(layer): (layer + 1) / n for layer in range(layers)}
+        found.append(record)
+    return found
+
+
+def report_on(folder: Path, log: list[dict], recipe: str | None = STAGED) -> str:
+    write_text(folder / "train.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+    if recipe is not None:
+        write_text(folder / "recipe.yaml", recipe)
+    text = write_report(folder).read_text(encoding="utf-8")
+    Page(text)
+    return " ".join(" ".join(Page(text).words).split())
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+
+class TestWhileItTrains:
+    def test_stage_progress_and_time_left(self, tmp_path, plain):
+        words = report_on(tmp_path, lines("transfer", 4, layers=3))
+        # 40 of 100 steps in 20 s: the largest share among the limits; 60 more take 30 s.
+        assert "transfer: 40 % done, step 40, loss 0.250, less than a minute left" in words
+        assert "Still to come: distill." in words
+        assert "linearize report" in words
+
+    def test_time_is_hours_and_minutes(self, tmp_path, plain):
+        log = [record | {"seconds": 9000.0} for record in lines("transfer", 5)]
+        assert "50 % done" in report_on(tmp_path, log)
+        assert ", 2 h 30 min left at the speed so far." in report_on(tmp_path, log)
+
+    def test_between_two_stages(self, tmp_path, plain):
+        words = report_on(tmp_path, lines("transfer", 10))
+        assert "transfer is done. Still to come: distill." in words
+
+    def test_nothing_is_said_once_all_is_done(self, tmp_path, plain):
+        done = lines("transfer", 10) + [record | {"seconds": 600.0} for record in lines("distill", 3)]
+        assert "Not finished yet" not in report_on(tmp_path, done)
+        # The control trains for as many steps as the student has.
+        words = report_on(tmp_path, done + lines("control", 2))
+        assert "control: 67 % done, step 20" in words
+        assert "Not finished yet" not in report_on(tmp_path, done + lines("control", 3))
+
+    def test_a_line_that_is_being_written(self, tmp_path, plain):
+        report_on(tmp_path, lines("transfer", 4))
+        with (tmp_path / "train.jsonl").open("a") as file:
+            file.write('{"stage": "transfer", "st')
+        assert "step 40" in write_report(tmp_path).read_text(encoding="utf-8")
+
+    def test_before_the_first_step(self, tmp_path):
+        write_text(tmp_path / "recipe.yaml", STAGED)
+        with pytest.raises(LinearizeError, match="or wait for a training's first step"):
+            write_report(tmp_path)
+
+
+def test_progress_is_that_of_the_loop():
+    """The budget's rule is written twice: the loop loads what a report should not wait for."""
+    from linearize.distill.loop import progress_of
+    from linearize.distill.options import Budget
+
+    limits = {"tokens": 4000, "steps": 70, "minutes": 1.5}
+    recipe = {"stages": [{"distill": {"budget": limits}}, {"distill": {"budget": {"tokens": 100}}}]}
+    for n in (1, 3, 6, 9):
+        log = lines("distill", n)
+        stage, later = stage_logs(log, recipe)
+        last = log[-1]
+        assert stage.share == pytest.approx(
+            progress_of(Budget(**limits), last["step"], last["tokens"], last["seconds"])
+        )
+        assert (later.name, later.share, later.finished) == ("distill-2", 0.0, False)
+
+
+def test_stages_have_the_names_that_a_job_gives_them():
+    from linearize.distill.recipe import load_recipe
+    from linearize.job import _named
+
+    extend = {"extend": {"budget": {"steps": 1}, "seq_len": 64, "segment": 32}}
+    distill = {"distill": {"budget": {"steps": 1}}}
+    recipe = load_recipe("demo")
+    raw = recipe.to_dict() | {"stages": [distill, extend, distill]}
+    named = [name for name, _ in _named(type(recipe).from_dict(raw))]
+    assert [stage.name for stage in stage_logs([], raw)] == named == ["distill", "extend", "distill-2"]
+
+
+def test_logs_of_older_runs(tmp_path, plain):
+    """Without seconds, memory, learning rate, recipe: what is there is shown."""
+    old = [
+        {key: value for key, value in record.items() if key in ("stage", "step", "tokens", "loss", "tokens_per_s")}
+        for record in lines("transfer", 4)
+    ]
+    words = report_on(tmp_path, old, recipe=None)
+    assert "Not finished yet" not in words
+    assert "40 % done" in report_on(tmp_path, old)
+    bare = [{"stage": "a", "tokens": 1, "loss": 2.0}]
+    assert "Stages, as logged" in report_on(tmp_path, bare)
+
+
+class TestHeatMap:
+    def test_spans_are_equal_and_hold_geometric_means(self):
+        log = lines("transfer", 3 * COLUMNS + 1, layers=2)
+        heat = heat_map(log)
+        assert heat.layers == ("0", "1")
+        assert len(heat.edges) == COLUMNS + 1
+        assert (heat.edges[0], heat.edges[-1]) == (100.0, pytest.approx(100.0 * (3 * COLUMNS + 1)))
+        assert heat.losses[0][0] == pytest.approx((1 * 1 / 2 * 1 / 3) ** (1 / 3))
+        assert heat.losses[1][0] == pytest.approx(2 * heat.losses[0][0])
+
+    def test_what_is_no_loss_is_left_empty(self, tmp_path, plain):
+        log = lines("transfer", 3, layers=2)
+        log[1]["losses_per_layer"] = {"0": 0.0, "1": float("nan"), "7": 1.0}
+        heat = heat_map(log)
+        assert heat.layers == ("0", "1", "7")
+        assert heat.losses[0][1] is None
+        assert heat.losses[1][1] is None
+        assert heat.losses[2] == (None, 1.0, None)
+        assert "–" in report_on(tmp_path, log)
+        assert heat_map(lines("distill", 3)) is None
+
+    def test_the_picture_is_darker_where_the_loss_is_higher(self):
+        svg = plots.plot_heat("h", heat_map(lines("transfer", 4, layers=3)))
+        drawn = {
+            (float(x), int(y)): float(opacity)
+            for opacity, path in re.findall(r'fill-opacity: ([\d.]+)" d="([^"]+)"', svg)
+            for x, y in re.findall(r"M([\d.]+) (\d+)h", path)
+            if int(y) < 30
+        }
+        assert len(drawn) == 12
+        for y in (0, 10, 20):
+            row = [drawn[key] for key in sorted(drawn) if key[1] == y]
+            assert row == sorted(row, reverse=True)
+        assert drawn[min(drawn)[0], 20] == 1.0
+        assert "from 0.25 to 3" in svg
+
+    def test_one_moment_and_one_value(self):
+        svg = plots.plot_heat("h", heat_map(lines("transfer", 1, layers=1)))
+        assert "Loss of 1 layers over 1 spans" in svg
+        assert "nan" not in svg
+
+
+def test_long_logs_are_thinned():
+    log = lines("distill", 3 * POINTS + 5)
+    kept = thinned(log)
+    assert len(kept) <= POINTS + 2
+    assert (kept[0], kept[-1]) == (log[0], log[-1])
+    assert thinned(log[:7]) == log[:7]
+    assert thinned([]) == []
