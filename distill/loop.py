@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +166,7 @@ def train(
 
     start = time.perf_counter() - outcome.seconds
     told_at = time.perf_counter()
-    with _progress(stage) as bar:
+    with closing(optimizer), _progress(stage) as bar:
         task = bar.add_task(stage, total=1.0, loss="-", speed="-", left="-")
         while (done := progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)) < 1:
             rate = learning_rate(done, options.lr, options.warmup)
@@ -223,7 +224,6 @@ def train(
     if outcome.steps > saved_steps:
         save()
     log.end(outcome.steps)
-    optimizer.close()
     return outcome
 
 

@@ -396,6 +396,8 @@ class TestMasters:
             train("toy", step, {"weight": weight}, TokenRows(1, 4), settings, tmp_path / "b")
         saved = [load_file(checkpoints.latest(tmp_path / x / "checkpoints/toy") / "weights.safetensors") for x in "ab"]
         assert [x["weight"].dtype for x in saved] == [torch.float32] * 2
+        weight.float().sum().backward()
+        assert weight.grad is not None  # a stage that was stopped has left the parameter its gradients
         again = self.train(torch.bfloat16, tmp_path / "b", 9)
         assert torch.equal(again, whole)
         after = load_file(checkpoints.latest(tmp_path / "b/checkpoints/toy") / "weights.safetensors")
@@ -516,7 +518,9 @@ class Noted(GeneralTracker):
 
 
 class TestTrackers:
-    def test_of_ones_own(self, tmp_path):
+    def test_of_ones_own(self, tmp_path, monkeypatch):
+        taken_apart = []  # the processes, which go on together after the trackers' end
+        monkeypatch.setattr("accelerate.state.PartialState.destroy_process_group", lambda *_: taken_apart.append(1))
         noted = Noted()
         with tracked([noted], tmp_path, {"a": {"b": 1, "c": [None, "x"]}}):
             Toy().train(tmp_path, options(steps=3, log_every=2))
@@ -525,6 +529,7 @@ class TestTrackers:
             assert not noted.ended
         Toy().train(tmp_path / "other", options(steps=1))  # is over: nothing is told any more
         assert noted.ended
+        assert taken_apart == []
         assert noted.config == {"a.b": 1, "a.c[0]": "None", "a.c[1]": "x"}
         assert [step for step, _ in noted.lines] == [1, 2, 3, 4]
         lines = log_lines(tmp_path)

@@ -227,6 +227,29 @@ class TestGoingOnWithChanges:
         refused = run(place, out, *settings, "stages.1.distill.lr=1e-4", command="distill")
         assert "(stages[1].distill.lr is 1e-05 there and 0.0001 here)" in refused.stderr
 
+    def test_other_processes_share_a_step(self, place: Path, tmp_path: Path, monkeypatch):
+        """Half as many processes with twice the accumulation is the same training, and nothing else is."""
+        out = tmp_path / "out"
+
+        def stop(*args, **named):
+            raise LinearizeError("stopped")
+
+        settings = ("evaluate.control=false", "evaluate.window=false")
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "run_distill", stop)
+            assert run(place, out, *settings, command="distill").exit_code == 2
+        progress = json.loads((out / "progress.json").read_text())
+        assert progress["processes"] == 1
+        (out / "progress.json").write_text(json.dumps(progress | {"processes": 2}))
+        refused = run(place, out, *settings, "gradient_accumulation=3", command="distill")
+        assert "(gradient_accumulation is 1 there and 3 here)" in refused.stderr
+        result = run(place, out, *settings, "gradient_accumulation=2", command="distill")
+        assert result.exit_code == 0, result.output
+        progress = json.loads((out / "progress.json").read_text())
+        assert (progress["processes"], progress["recipe"]["gradient_accumulation"]) == (1, 2)
+        lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+        assert [line["tokens"] for line in lines if line["stage"] == "distill"] == [128, 256, 384]
+
     @pytest.mark.parametrize("file", ["adapter.safetensors", "adapter_model.safetensors", "linearize.json.partial"])
     def test_a_full_disk_while_the_student_is_saved(
         self, place: Path, tmp_path: Path, finished, monkeypatch, file: str
@@ -304,9 +327,9 @@ class TestSeveralProcesses:
 
     @staticmethod
     def launched(place: Path, out: Path, *words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words, "--num_processes", "2"]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", *words, "-m", "linearize"]
+        command += ["--main_process_port", "0", "-m", "linearize"]
         command += ["run", str(place / "recipe.yaml"), "--out", str(out)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
@@ -314,9 +337,12 @@ class TestSeveralProcesses:
     @pytest.mark.slow
     def test_a_whole_job(self, place: Path, tmp_path: Path):
         out = tmp_path / "two"
-        result = self.launched(place, out)
+        result = self.launched(place, out, "--multi_gpu")
         assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines() == [str(out / name) for name in ALL]
+        # Process 0 alone spoke.
+        assert result.stdout.splitlines()[-len(ALL) :] == [str(out / name) for name in ALL]
+        assert result.stdout.count(str(out / "student")) == 1
+        assert result.stderr.count("transfer: 3 steps") == 1
         assert run(place, tmp_path / "one", "gradient_accumulation=2").exit_code == 0
         lines, others = (
             [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
@@ -331,8 +357,6 @@ class TestSeveralProcesses:
             json.loads((tmp_path / name / "evaluate.json").read_text())["perplexity"]["rows"] for name in ("one", "two")
         ]
         assert rows[0].keys() == rows[1].keys()
-        # Process 0 alone spoke.
-        assert result.stderr.count("transfer: 3 steps") == 1
         # One process goes on with what two have done.
         assert run(place, out).stderr.count("done before") == len(ALL) - 1
 
