@@ -8,7 +8,6 @@ logits are made again a few positions at a time beside the row's, so that logits
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from linearize.benchmarks.inference import (
     inference,
     output_head,
 )
-from linearize.benchmarks.perplexity import position_edges
+from linearize.benchmarks.perplexity import by_position
 from linearize.benchmarks.resampling import mean_interval
 
 __all__ = ["Reference", "divergence", "reference_states", "summarise_divergence"]
@@ -91,16 +90,7 @@ def summarise_divergence(values: Mapping[str, Tensor], seed: int = 0) -> dict[st
         "seq_len": seq_len,
         "n_sequences": n_sequences,
         "n_tokens": n_sequences * seq_len,
-        "rows": {
-            name: {
-                **_describe(kl, seed),
-                "by_position": [
-                    {"start": start, "end": end, **_describe(kl[:, start - 1 : end - 1], seed)}
-                    for start, end in pairwise(position_edges(seq_len + 1))
-                ],
-            }
-            for name, kl in values.items()
-        },
+        "rows": {name: by_position(kl, lambda part: _describe(part, seed)) for name, kl in values.items()},
     }
 
 

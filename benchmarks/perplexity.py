@@ -5,7 +5,7 @@ token are scored. The negative log-likelihood (NLL, nats) is float32 whatever th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from linearize.benchmarks.resampling import mean_interval
 from linearize.errors import LinearizeError
 
 __all__ = [
+    "by_position",
     "cut_sequences",
     "perplexity",
     "perplexity_by_context",
@@ -141,6 +142,17 @@ def position_edges(seq_len: int) -> list[int]:
     return [*edges, seq_len]
 
 
+def by_position(values: Tensor, describe: Callable[[Tensor], dict[str, Any]]) -> dict[str, Any]:
+    """`describe` of all of a row's values (sequences, positions 1 .. n), and of those in each position bin."""
+    return {
+        **describe(values),
+        "by_position": [
+            {"start": start, "end": end, **describe(values[:, start - 1 : end - 1])}
+            for start, end in pairwise(position_edges(values.shape[1] + 1))
+        ],
+    }
+
+
 def summarise_perplexity(
     nll: Mapping[str, Tensor], comparisons: list[tuple[str, str]], seed: int = 0
 ) -> dict[str, Any]:
@@ -161,16 +173,7 @@ def summarise_perplexity(
         "seq_len": scored + 1,
         "n_sequences": n_sequences,
         "n_tokens": n_sequences * scored,
-        "rows": {
-            name: {
-                **_describe(values, seed),
-                "by_position": [
-                    {"start": start, "end": end, **_describe(values[:, start - 1 : end - 1], seed)}
-                    for start, end in pairwise(position_edges(scored + 1))
-                ],
-            }
-            for name, values in nll.items()
-        },
+        "rows": {name: by_position(values, lambda part: _describe(part, seed)) for name, values in nll.items()},
         "comparisons": [
             {"row": row, "against": against, **_difference(nll[row], nll[against], seed)}
             for row, against in comparisons

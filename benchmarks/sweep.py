@@ -66,7 +66,7 @@ def load_sweep(path: str | Path) -> Sweep:
     try:
         given = check_keys(values, ["recipe", "set", "rows", "base_rows", "evaluate", "variants"])
         lists = {key: _texts(given.get(key, default)) for key, default in _LISTS.items()}
-        variants = {str(name): _texts(settings) for name, settings in check_map(given.get("variants")).items()}
+        variants = {str(name): _texts(settings) for name, settings in _variants(given.get("variants")).items()}
         sweep = Sweep(
             recipe=str(given["recipe"]),
             settings=lists["set"],
@@ -98,7 +98,7 @@ def _texts(value: object) -> tuple[str, ...]:
     return convert_list(value, str)
 
 
-def check_map(value: object) -> dict[Any, Any]:
+def _variants(value: object) -> dict[Any, Any]:
     """`value`, known to be a map with at least one entry."""
     if not isinstance(value, dict) or not value:
         raise LinearizeError("variants: nothing is given; name at least one, such as base: []")

@@ -40,11 +40,12 @@ from linearize.benchmarks.machine import machine_info, synchronize
 from linearize.benchmarks.speed import spread
 from linearize.config import LinearizeConfig
 from linearize.convert import added_parameters, convert, original_attention
+from linearize.distill.calibration import mix_lr_scale
 from linearize.distill.data import Batch, build_stream
 from linearize.distill.loop import make_optimizer
 from linearize.distill.objectives import OBJECTIVES
 from linearize.distill.options import DataOptions, Source
-from linearize.distill.transfer import check_taught, mix_lr_scale, transfer_step
+from linearize.distill.transfer import check_taught, transfer_step
 from linearize.errors import LinearizeError
 from linearize.models import load_model, resolve_dtype
 

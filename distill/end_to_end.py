@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, state_off, switch_of
+from linearize.distill.calibration import mix_lr_scale
 from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses, rows_of
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions, ExtendOptions
 from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
-from linearize.distill.transfer import mix_lr_scale
 from linearize.errors import LinearizeError
+from linearize.rows import CONTROL, WINDOW
 
 __all__ = [
     "CONTROL",
@@ -38,8 +39,7 @@ __all__ = [
     "window_dropout",
 ]
 
-# Who is trained, and the name of its PEFT adapter.
-STUDENT, CONTROL, WINDOW = "default", "control", "window"
+STUDENT = "default"  # the name of the student's PEFT adapter, as CONTROL and WINDOW are those of their own
 STAGE_OF = {STUDENT: "distill", CONTROL: "control", WINDOW: "window"}
 CLIP = 1.0  # gradient norm: one bad batch must not undo a short training
 

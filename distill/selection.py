@@ -234,8 +234,8 @@ def _resumed(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None
 
 def _decoder(model: Any) -> tuple[Any, nn.ModuleList]:
     base = base_model(model)
-    path = family_of(base.config).layers
-    return base.get_submodule(path.rpartition(".")[0]), base.get_submodule(path)
+    family = family_of(base.config)
+    return base.get_submodule(family.decoder), base.get_submodule(family.layers)
 
 
 def _device(model: Any) -> torch.device:

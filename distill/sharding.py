@@ -68,7 +68,7 @@ def shard_frozen(model: Any) -> None:
     if not wants_sharding() or processes.count() == 1:
         return
     family = family_of(base.config)
-    decoder = base.get_submodule(family.layers.rpartition(".")[0])
+    decoder = base.get_submodule(family.decoder)
     layers = base.get_submodule(family.layers)
     # Sharded weights are not to be looked into; frozen, they stay what they are.
     base._linearize_sharded_sample = weight_sample(base)

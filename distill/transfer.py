@@ -25,7 +25,7 @@ from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["calibrate", "check_taught", "mix_lr_scale", "observe", "run_transfer", "transfer_step"]
+__all__ = ["calibrate", "check_taught", "observe", "run_transfer", "transfer_step"]
 
 
 def run_transfer(
@@ -169,7 +169,7 @@ def observe(model: Any, batch: Batch, observer: Callable[[Observation], Tensor |
     What `observer` returns, if anything, is the layer's attention (B, H, T, V), which is then not computed again.
     """
     base = base_model(model)
-    decoder = base.get_submodule(family_of(base.config).layers.rpartition(".")[0])
+    decoder = base.get_submodule(family_of(base.config).decoder)
     switch = switch_of(base)
     with original_attention(base), torch.no_grad():
         switch.observer = observer

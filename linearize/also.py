@@ -17,6 +17,8 @@ __all__ = ["also_rows", "row_identities", "tokens_seen"]
 
 PEFT_FILE = "adapter_config.json"
 TRAIN_LOG = "train.jsonl"
+# Rows that a run trains beside its student -> their folders in it.
+BESIDE = {"control": CONTROL, "window + sinks, trained": WINDOW}
 
 
 def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtype: torch.dtype, device: str) -> Rows:
@@ -34,7 +36,7 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
     names = set(taken)
     rows: Rows = {}
     for text in given:
-        name, _, folder = (part.strip() for part in text.partition("="))
+        name, folder = _named_folder(text)
         if not name or not folder:
             raise LinearizeError(f"also: {text!r} is not NAME=FOLDER; write for example 'other=runs/other/student'")
         if name in names:
@@ -47,6 +49,11 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
             raise LinearizeError(f"also: the LoRA in {folder!r} needs its original; name that with --base")
         rows[name] = _loader(folder, base, lora, dtype, device)
     return rows
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    return name.strip(), folder.strip()
 
 
 def _loader(folder: str, base: str | None, lora: bool, dtype: torch.dtype, device: str) -> Any:
@@ -71,7 +78,7 @@ def tokens_seen(rows: Iterable[str], run: Path | None, also: Iterable[str] = ())
         run: the folder of the run that the student is from, or None.
         also: as given to `also_rows`; a folder inside of a run, such as RUN/student, is known by that run.
     """
-    folders = {text.partition("=")[0].strip(): Path(text.partition("=")[2].strip()) for text in also}
+    folders = dict(map(_named_folder, also))
     found: dict[str, int] = {}
     for row in rows:
         if row in ("original", "window + sinks"):
@@ -79,9 +86,9 @@ def tokens_seen(rows: Iterable[str], run: Path | None, also: Iterable[str] = ())
             continue
         folder = folders.get(row)
         if folder is not None:
-            log, role = folder.parent / TRAIN_LOG, folder.name
+            log, role = Path(folder).parent / TRAIN_LOG, Path(folder).name
         elif run is not None:
-            log, role = run / TRAIN_LOG, {"control": CONTROL, "window + sinks, trained": WINDOW}.get(row, "student")
+            log, role = run / TRAIN_LOG, BESIDE.get(row, "student")
         else:
             continue
         if log.is_file():
@@ -94,8 +101,8 @@ def _logged_tokens(log: Path, role: str) -> int:
     from linearize.benchmarks.report import read_train_log
 
     last = {str(record["stage"]): int(record["tokens"]) for record in read_train_log(log)}
-    beside = (CONTROL, WINDOW)
-    mine = [stage for stage in last if (stage.split("-")[0] if stage.split("-")[0] in beside else "student") == role]
+    firsts = {stage: stage.split("-")[0] for stage in last}
+    mine = [stage for stage, first in firsts.items() if (first if first in BESIDE.values() else "student") == role]
     return sum(last[stage] for stage in mine)
 
 
@@ -115,8 +122,7 @@ def row_identities(
     inner = base_model(model)
     shared = {"original": original, "dtype": str(inner.dtype), "device": inner.device.type}
     conversion = dict(inner.config.linearize)
-    beside = {"control": CONTROL, "window + sinks, trained": WINDOW}
-    folders = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in also}
+    folders = dict(map(_named_folder, also))
     found: dict[str, Any] = {}
     for row in rows:
         if row == "original":
@@ -127,9 +133,9 @@ def row_identities(
             # The mixer is not used; where it is the only difference, the row is the same one.
             near = {key: conversion[key] for key in ("window", "sinks", "softmax_layers")}
             found[row] = shared | {"near": near}
-        elif row in beside:
+        elif row in BESIDE:
             assert run is not None
-            found[row] = shared | {"folder": digest_files(run / beside[row]), "conversion": conversion}
+            found[row] = shared | {"folder": digest_files(run / BESIDE[row]), "conversion": conversion}
         else:
             student = digest_files(Path(name)) if Path(name).is_dir() else name
             found[row] = shared | {"student": student, "row": row}

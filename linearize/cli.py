@@ -3,10 +3,8 @@
 Nothing heavy is imported here: torch and transformers load inside the commands that need them.
 """
 
-import os
 import shlex
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
@@ -17,14 +15,27 @@ import typer
 
 from linearize._version import __version__
 from linearize.cli_calibrate import calibrate
+from linearize.cli_options import (
+    DEFAULT,
+    Device,
+    DType,
+    FeatureDim,
+    Mix,
+    Mixer,
+    Seed,
+    Sinks,
+    SoftmaxLayers,
+    Window,
+    check_new_folder,
+    conversion,
+    quiet,
+)
 from linearize.cli_select import select
-from linearize.config import MIXERS, MIXES, LinearizeConfig
+from linearize.config import LinearizeConfig
 from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
 from linearize.errors import LinearizeError
 
 __all__ = ["app", "main"]
-
-DEFAULT = LinearizeConfig()
 
 app = typer.Typer(
     name="linearize",
@@ -63,16 +74,7 @@ RecipeName = Annotated[
         metavar="RECIPE", help="A YAML file, or a preset: demo, default, decomposed, lolcats, liger or window-only."
     ),
 ]
-Mixer = Annotated[str, typer.Option(help=f"What becomes of tokens that leave the window: {', '.join(MIXERS)}.")]
-Window = Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")]
-Sinks = Annotated[int, typer.Option(help="How many of the first tokens stay exact.")]
-Mix = Annotated[str, typer.Option(help=f"How near and far are weighed: {', '.join(MIXES)}.")]
-SoftmaxLayers = Annotated[str, typer.Option(help="Layers left as they are: none, every:4, or indices as in 0,5,29.")]
-FeatureDim = Annotated[int | None, typer.Option(help="Half the rows of the state; the model's head_dim if left out.")]
 Base = Annotated[str | None, typer.Option(help="The original below a student; the one it recorded if left out.")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto times both on this machine.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe; can be given many times."),
@@ -131,7 +133,7 @@ def inspect(
 
     Example: linearize inspect path/to/model --window 64 --softmax-layers every:4 --contexts 1k,32k
     """
-    config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
+    config = conversion(mixer, window, sinks, mix, softmax_layers, feature_dim)
     sizes = {"seq_len": seq_len, "batch_size": batch_size, "processes": processes, "fsdp": fsdp or None}
     training: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if training and not train:
@@ -141,7 +143,7 @@ def inspect(
             f"contexts: {contexts!r} is for caches, which training has none of; leave out --train or it"
         )
     lengths = parse_tokens(contexts or "1k,8k,32k,128k", "contexts")
-    _quiet()
+    quiet()
     from linearize.inspection import inspect_config
     from linearize.models import load_config, recorded_conversion
     from linearize.tables import print_inspection, print_json, print_training
@@ -180,10 +182,9 @@ def convert(
 
     Example: linearize convert path/to/model converted --window 64 --sinks 4
     """
-    config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise LinearizeError(f"out: {str(out)!r} already holds something; give a new folder")
-    _quiet()
+    config = conversion(mixer, window, sinks, mix, softmax_layers, feature_dim)
+    check_new_folder(out)
+    quiet()
     from linearize.tasks import convert_and_save
 
     plan = convert_and_save(model, config, out, adapter)
@@ -233,7 +234,7 @@ def _job(
     from linearize.distill.recipe import load_recipe
 
     recipe = load_recipe(name, [*([] if model is None else [f"model={model}"]), *(settings or [])])
-    _quiet()
+    quiet()
     from linearize.job import Job
 
     folder = out or Path("runs") / recipe.name
@@ -278,7 +279,9 @@ def evaluate(
     ] = None,
     work: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Of finished measurements; evaluations may share one. OUT.work."),
+        typer.Option(
+            metavar="FOLDER", help="Of finished measurements; evaluations may share one; OUT.work if left out."
+        ),
     ] = None,
     out: ResultFile = None,
     dtype: DType = "auto",
@@ -311,7 +314,7 @@ def evaluate(
         prompts=None if prompts is None else str(prompts),
     )
     kinds = None if only is None else [kind.strip() for kind in only.split(",")]
-    _quiet()
+    quiet()
     from linearize.tables import print_evaluation
     from linearize.tasks import evaluate_model
 
@@ -339,7 +342,7 @@ def bench_decode(
     Example: linearize bench decode runs/demo/student --contexts 1k,8k,32k --repeats 5
     """
     lengths = parse_tokens(contexts, "contexts")
-    _quiet()
+    quiet()
     from linearize.tables import print_bench
     from linearize.tasks import bench_model
 
@@ -398,7 +401,7 @@ def bench_kernels(
     lengths = parse_tokens(tokens, "tokens")
     if out.suffix != ".json":
         raise LinearizeError(f"out: {str(out)!r} does not end in .json; name the file of the results, kernels.json")
-    _quiet()
+    quiet()
     import torch
 
     from linearize.benchmarks.microbenchmark import Problem, markdown, write_result
@@ -432,7 +435,7 @@ def doctor() -> None:
 
     Example: linearize doctor
     """
-    _quiet()
+    quiet()
     from linearize.kernels.backends import doctor as checks
 
     for check in checks():
@@ -458,20 +461,10 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise LinearizeError("prompt: it is empty; give the text to continue")
-    _quiet()
+    quiet()
     from linearize.tasks import write_answer
 
     write_answer(model, base, text, chat, max_new_tokens, temperature, dtype, device, seed)
-
-
-def _config(
-    mixer: str, window: int, sinks: int, mix: str, softmax_layers: str, feature_dim: int | None
-) -> LinearizeConfig:
-    layers: Any = softmax_layers
-    parts = [part.strip() for part in softmax_layers.split(",")]
-    if all(part.removeprefix("-").isdecimal() for part in parts):
-        layers = [int(part) for part in parts]
-    return LinearizeConfig(mixer, window, sinks, mix, layers, feature_dim)
 
 
 def _settings(config: LinearizeConfig) -> list[str]:
@@ -505,19 +498,3 @@ def _result_file(model: str, out: Path | None, name: str) -> Iterator[Path]:
         note(f"to see it as a page: {command}")
     else:
         note(f"to see it as a page, rename it to {name}, then: {command}")
-
-
-def _quiet() -> None:
-    """Other libraries' notes are not for our users' eyes; their progress bars stay where somebody watches."""
-    watched = sys.stderr.isatty()
-    if not watched:  # read when tqdm is imported, so before transformers is
-        os.environ.setdefault("TQDM_DISABLE", "1")
-
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    if not watched:
-        logging.disable_progress_bar()

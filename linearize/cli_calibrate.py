@@ -5,19 +5,29 @@ from typing import Annotated
 
 import typer
 
-from linearize.config import MIXES, TAUGHT_MIXERS, LinearizeConfig
+from linearize.cli_options import (
+    DEFAULT,
+    Device,
+    DType,
+    FeatureDim,
+    Mix,
+    Original,
+    Sinks,
+    SoftmaxLayers,
+    Window,
+    check_new_folder,
+    conversion,
+    quiet,
+)
+from linearize.config import TAUGHT_MIXERS
 from linearize.console import note
 from linearize.errors import LinearizeError
 
 __all__ = ["calibrate"]
 
-DEFAULT = LinearizeConfig()
-
 
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The original: a folder, a hub name, or a GGUF file as elsewhere.")
-    ],
+    model: Original,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the adapter.")],
     text: Annotated[
         list[str] | None,
@@ -28,17 +38,13 @@ def calibrate(
     mixer: Annotated[str, typer.Option(help=f"Of those that have something to fit: {', '.join(TAUGHT_MIXERS)}.")] = (
         DEFAULT.mixer
     ),
-    window: Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")] = DEFAULT.window,
-    sinks: Annotated[int, typer.Option(help="How many of the first tokens stay exact.")] = DEFAULT.sinks,
-    mix: Annotated[str, typer.Option(help=f"How near and far are weighed: {', '.join(MIXES)}.")] = DEFAULT.mix,
-    softmax_layers: Annotated[
-        str, typer.Option(help="Layers left as they are: none, every:4, or indices as in 0,5,29.")
-    ] = "none",
-    feature_dim: Annotated[
-        int | None, typer.Option(help="Half the rows of the state; the model's head_dim if left out.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")] = None,
+    window: Window = DEFAULT.window,
+    sinks: Sinks = DEFAULT.sinks,
+    mix: Mix = DEFAULT.mix,
+    softmax_layers: SoftmaxLayers = "none",
+    feature_dim: FeatureDim = None,
+    dtype: DType = "auto",
+    device: Device = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the texts.")] = 0,
 ) -> None:
     """Convert a model, fit mixers and mixes to its attention on a few thousand tokens, and save them as an adapter.
@@ -47,12 +53,9 @@ def calibrate(
 
     Example: linearize calibrate path/to/model --text 'texts/*.txt' --out calibrated
     """
-    from linearize.cli import _config, _quiet
-
-    config = _config(mixer, window, sinks, mix, softmax_layers, feature_dim)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise LinearizeError(f"out: {str(out)!r} already holds something; give a new folder")
-    _quiet()
+    config = conversion(mixer, window, sinks, mix, softmax_layers, feature_dim)
+    check_new_folder(out)
+    quiet()
     from linearize.checkpoint import save
     from linearize.convert import convert
     from linearize.distill.data import build_stream

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearize.cli_options import DEFAULT, Device, DType, FeatureDim, Original, quiet
 from linearize.config import MIXERS, LinearizeConfig
 from linearize.console import human_bytes, human_tokens, note, parse_tokens
 from linearize.errors import LinearizeError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["select"]
 
-DEFAULT = LinearizeConfig()
 # Name -> what the column of scores says.
 METHODS = {
     "uniform": "",
@@ -30,11 +30,11 @@ BAR = 24  # characters of the longest
 
 
 def select(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The original: a folder, a hub name, or a GGUF file as elsewhere.")
-    ],
+    model: Original,
     by: Annotated[str, typer.Option(help=f"The score: {', '.join(METHODS)}.")] = "recall",
-    keep: Annotated[str | None, typer.Option(help="How many layers stay softmax: 8 or 25%.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help=f"How many layers stay softmax: 8 or 25%; {KEEP} if left out.")
+    ] = None,
     cache_bytes: Annotated[
         str | None, typer.Option(help="Instead: the largest cache of one sequence, 50MB or 48MiB.")
     ] = None,
@@ -52,15 +52,15 @@ def select(
     ),
     window: Annotated[int, typer.Option(help="W of a converted layer.")] = DEFAULT.window,
     sinks: Annotated[int, typer.Option(help="S of a converted layer.")] = DEFAULT.sinks,
-    feature_dim: Annotated[int | None, typer.Option(help="Half the rows of its state; head_dim if left out.")] = None,
+    feature_dim: FeatureDim = None,
     out: Annotated[
         list[Path] | None, typer.Option("--out", metavar="FILE", help="A .json or a .png of the ranking; many times.")
     ] = None,
     write: Annotated[
         Path | None, typer.Option(metavar="RECIPE", help="A recipe's YAML whose softmax_layers is set to the choice.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")] = None,
+    dtype: DType = "auto",
+    device: Device = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the rows and numbers that are measured.")] = 0,
 ) -> None:
     """Choose the layers that stay softmax, by what the model loses when each is converted.
@@ -84,9 +84,7 @@ def select(
                 f"out: {str(path)!r} ends in neither .json nor .png; name the file by what it shall be"
             )
 
-    from linearize.cli import _quiet
-
-    _quiet()
+    quiet()
     from linearize.benchmarks.plot_selection import check_plot, plot_selection
     from linearize.models import load_config, recorded_conversion
     from linearize.selection import (

@@ -25,6 +25,11 @@ class Family:
     attention: str = "self_attn"
     qk_norm: bool = False
 
+    @property
+    def decoder(self) -> str:
+        """Path of the module that holds the layers and runs them."""
+        return self.layers.rpartition(".")[0]
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

@@ -12,7 +12,6 @@ from typing import Any
 
 from linearize.config import LinearizeConfig
 from linearize.console import human_bytes, human_tokens
-from linearize.convert import plan_layers
 from linearize.errors import LinearizeError
 from linearize.inspection import inspect_config
 
@@ -22,7 +21,6 @@ __all__ = [
     "check_recipe",
     "choose_layers",
     "choose_within",
-    "convertible_layers",
     "keeping_costs",
     "parse_bytes",
     "parse_keep",
@@ -76,17 +74,6 @@ class Selection:
         return {KEY: list(self.kept), "cache_bytes": self.costs.total(self.kept)} | {
             key: value for key, value in asdict(self).items() if key != "kept"
         }
-
-
-def convertible_layers(model_config: Any) -> tuple[int, ...]:
-    """The layers there is a choice about. A layer with a sliding window of its own stays as it is in any case.
-
-    Raises:
-        LinearizeError: an unknown family, or a model of nothing but such layers.
-    """
-    return tuple(
-        layer.index for layer in plan_layers(model_config, LinearizeConfig(window=1, sinks=0)) if layer.converted
-    )
 
 
 def keeping_costs(model_config: Any, config: LinearizeConfig, context: int, dtype: str) -> LayerCosts:
