@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from linearize.attention import Mix, Observation
-from linearize.distill.loop import learning_rate, make_optimizer
+from linearize.distill.adam import Adam, make_optimizer
+from linearize.distill.loop import learning_rate
 from linearize.distill.objectives import FarTarget, decomposed_loss, student_far
 
 __all__ = ["Calibration", "MixFit", "mix_lr_scale"]
@@ -90,7 +91,7 @@ class Calibration:
         self.losses: dict[int, list[float]] = {}
         self._local_steps = max(1, round(UPDATES / batches))
         self._updates = self._local_steps * batches
-        self._layers: dict[int, tuple[Mix | None, MixFit, torch.optim.Optimizer]] = {}
+        self._layers: dict[int, tuple[Mix | None, MixFit, Adam]] = {}
 
     def __call__(self, seen: Observation) -> Tensor:
         """Fit the layer to what it saw; returns the teacher's attention."""
@@ -123,6 +124,7 @@ class Calibration:
 
     def finish(self) -> None:
         """Give each layer the mix of all batches."""
-        for mix, fit, _ in self._layers.values():
+        for mix, fit, optimizer in self._layers.values():
+            optimizer.close()
             if mix is not None:
                 fit.set(mix)

@@ -73,7 +73,8 @@ def run_distill(
 
     Raises:
         LinearizeError: a model that is not converted, patterns that match no parameter, LoRA targets that name no
-            module, a LoRA unlike the one it goes on with, or another role than the student's without LoRA.
+            module, a LoRA unlike the one it goes on with, another role than the student's without LoRA, or a
+            teacher_cache of the whole vocabulary.
     """
     switch_of(model)  # an error of its own where nothing is converted
     stage = stage or STAGE_OF[role]
@@ -106,6 +107,12 @@ def run_distill(
     device = base_model(model).get_input_embeddings().weight.device
     cache = None
     if options.teacher_cache is not None and options.top_k is not None:
+        vocabulary = base_model(model).config.vocab_size
+        if options.top_k >= vocabulary:
+            raise LinearizeError(
+                f"top_k: {options.top_k} tokens are the whole vocabulary of {vocabulary}, which teacher_cache does not "
+                "keep; lower top_k, e.g. to 128, or set teacher_cache to null"
+            )
         cache = TeacherCache(options.teacher_cache, model, options.top_k, options.temperature)
 
     def trained(batch: Batch) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """The teacher's likeliest next tokens on disk: trainings on the same text ask the teacher once.
 
-FOLDER/<hash>.safetensors, one file a batch, named by what it depends on: the teacher's weights, the batch's tokens and
-padding, the number of tokens listed and the temperature. About 8 * top_k bytes a token.
+FOLDER/<hash>.safetensors, one file a batch, named by what it depends on: the teacher's weights and precision, the
+batch's tokens and padding, the number of tokens listed and the temperature. About 8 * top_k bytes a token.
 """
 
 import hashlib
@@ -75,6 +75,9 @@ class TeacherCache:
 
     def _path(self, batch: Batch) -> Path:
         digest = hashlib.sha256(self._told)
+        kind = batch["input_ids"].device.type
+        if torch.is_autocast_enabled(kind):  # mixed precision: the same weights say something else
+            digest.update(f"autocast {torch.get_autocast_dtype(kind)}".encode())
         for name in ("input_ids", "attention_mask", "position_ids"):
             if name in batch:
                 value: Tensor = batch[name].to("cpu", torch.int64).contiguous()

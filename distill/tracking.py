@@ -66,7 +66,9 @@ def tracked(trackers: Sequence[str | GeneralTracker], folder: Path, config: dict
         yield
     finally:
         _accelerator = None
-        accelerator.end_training()
+        # Not `end_training`: it would also take the processes apart, which is not the trackers' business.
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _flat(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:

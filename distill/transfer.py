@@ -58,16 +58,16 @@ def run_transfer(
             f"gradient_accumulation: {accumulation} with {options.local_steps} local_steps would update between the "
             "batches of a step; set one of them to 1"
         )
-    optimizer = make_optimizer(parameters, mix_lr_scale)
+    if options.calibration_tokens and checkpoints.latest(folder / "checkpoints" / "transfer") is None:
+        position = stream.state_dict()
+        calibrate(base, stream, options.calibration_tokens)
+        stream.load_state_dict(position)
+    optimizer = make_optimizer(parameters, mix_lr_scale)  # after calibration: masters are copies
 
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    if options.calibration_tokens and checkpoints.latest(folder / "checkpoints" / "transfer") is None:
-        position = stream.state_dict()
-        calibrate(base, stream, options.calibration_tokens)
-        stream.load_state_dict(position)
     outcome = train(
         "transfer",
         lambda batch, backward: transfer_step(base, batch, options.objective, backward, update, options.local_steps),

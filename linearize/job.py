@@ -136,6 +136,8 @@ class Job:
                     made.append(self.folder / done[part]["made"])
                     continue
                 _note(where)
+                if part in TRAINED:
+                    self._progress["processes"] = processes.count()
                 start = time.perf_counter()
                 made.append(getattr(self, f"_{part}")())
                 if part != "report":  # it costs a second and shows whatever is there by now
@@ -153,6 +155,9 @@ class Job:
             progress = read_json(path, KIND)
             done = list(progress["steps"]) if "student" not in progress["done"] else [name for name, _ in self.stages]
             before, now = self._fixed(progress["recipe"], done), self._fixed(asked, done)
+            batches = before["gradient_accumulation"] * progress.get("processes", 1)
+            if batches == now["gradient_accumulation"] * processes.count():
+                now |= {"gradient_accumulation": before["gradient_accumulation"]}  # the same steps in other processes
             if before != now:
                 raise LinearizeError(
                     f"out: {str(self.folder)!r} holds the run of another recipe ({_difference(before, now)}); give "

@@ -10,8 +10,8 @@ from torch import nn
 from linearize.benchmarks import decode
 from linearize.benchmarks.choices import summarise_choices
 from linearize.benchmarks.evaluate import BASELINE, KIND, _comparisons
-from linearize.benchmarks.machine import machine_info
 from linearize.benchmarks.items import Item
+from linearize.benchmarks.machine import machine_info
 from linearize.benchmarks.needle import summarise_needles
 from linearize.benchmarks.perplexity import summarise_perplexity
 from linearize.benchmarks.speed import Sample

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention, state_off, window_off
 from linearize.convert import added_parameters, base_model, switch_of
@@ -16,8 +17,9 @@ from linearize.distill.end_to_end import (
     run_distill,
     window_dropout,
 )
-from linearize.distill.logit_losses import ROWS_AT_ONCE, logit_losses
+from linearize.distill.logit_losses import ROWS_AT_ONCE, Listed, logit_losses
 from linearize.distill.options import Budget, DistillOptions, ExtendOptions
+from linearize.distill.teacher_cache import TeacherCache
 from tests.tiny_models import make_model, make_student, make_tokens
 from tests.tiny_training import TokenRows, log_lines
 
@@ -517,6 +519,19 @@ class TestTeacherCache:
         run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), options(3, **given), tmp_path / "b")
         assert len(list((tmp_path / "kept").iterdir())) == 6
 
+    def test_mixed_precision_is_another_question(self, tmp_path):
+        cache = TeacherCache(tmp_path, make_student("llama", "normalizer"), 2, 1.0)
+        batch = TokenRows(1, 8).at(0)
+        cache.write(batch, Listed(torch.zeros(8, 2), torch.zeros(8, 2, dtype=torch.int64)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cache.read(batch) is None
+        assert cache.read(batch) is not None
+
+    def test_the_whole_vocabulary(self, tmp_path):
+        given = options(1, top_k=128, teacher_cache=str(tmp_path / "kept"))
+        with pytest.raises(LinearizeError, match="top_k: 128 tokens are the whole vocabulary of 128, which teacher_ca"):
+            run_distill(make_student("llama", "normalizer"), TokenRows(2, 40), given, tmp_path)
+
     def test_a_damaged_file(self, tmp_path):
         self.run(tmp_path / "kept", tmp_path / "a")
         for path in (tmp_path / "kept").iterdir():
@@ -567,12 +582,18 @@ class TestRefusals:
             "stages: train pattern '*.mpl.*' matches no parameter; names look like 'model.embed_tokens.weight'"
         )
 
-    def test_half_precision(self, tmp_path):
-        message = self.refused(tmp_path, make_student("llama", "none", torch.bfloat16), train=["*.mlp.up_proj.*"])
-        assert message == (
-            "stages: 'model.layers.0.mlp.up_proj.weight' is torch.bfloat16, which swallows small updates; set dtype "
-            "to float32, or train with lora"
-        )
+    def test_half_precision_learns_in_float32(self, tmp_path):
+        """Chosen bfloat16 weights stay bfloat16, and are what a float32 training of theirs rounds to."""
+        student = make_student("llama", "none", torch.bfloat16)
+        before = snapshot(student)
+        run_distill(student, TokenRows(1, 40), options(2, train=["*.mlp.up_proj.*"]), tmp_path)
+        (newest,) = tmp_path.glob("checkpoints/distill/step-*")
+        masters = load_file(newest / "weights.safetensors")
+        for name, value in student.state_dict().items():
+            assert torch.equal(value, before[name]) == (name not in masters)
+            if name in masters:
+                assert (value.dtype, masters[name].dtype) == (torch.bfloat16, torch.float32)
+                assert torch.equal(value, masters[name].bfloat16())
 
     def test_half_precision_weights_with_float32_mixers_chosen(self, tmp_path):
         student = make_student("llama", "normalizer", torch.bfloat16)

@@ -305,6 +305,16 @@ class TestRun:
         losses = transfer_step(other, TokenRows(2, 40).at(0), "decomposed", lambda loss: None)
         assert outcome.first == {key: float(x) for key, x in losses.items()}
 
+    def test_calibration_of_half_precision_mixers_is_kept(self, tmp_path):
+        """Adam's masters are copies: they have to be made of what calibration left."""
+        student, alone = (make_student("llama", "normalizer").to(torch.bfloat16) for _ in range(2))
+        run_transfer(student, TokenRows(2, 40), options(1, lr=1e-9, calibration_tokens=80), tmp_path)
+        start = snapshot(alone)
+        calibrate(alone, TokenRows(2, 40), 80)
+        for name, parameter in added_parameters(alone).items():
+            assert not torch.equal(parameter, start[name])
+            assert torch.equal(added_parameters(student)[name], parameter)
+
     def test_without_calibration_it_starts_as_converted(self, tmp_path):
         student, other = (make_student("llama", "normalizer") for _ in range(2))
         outcome = run_transfer(student, TokenRows(2, 40), options(1, calibration_tokens=0), tmp_path)

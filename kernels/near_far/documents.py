@@ -82,7 +82,6 @@ class Documents:
         return replace(self, **moved, _rows={})
 
 
-@torch.compiler.disable
 def lay_out_documents(cu_seqlens: Sequence[int], batch: int, length: int, device: torch.device | str) -> Documents:
     """Sort the documents of `batch` rows of `length` tokens into buckets.
 
@@ -118,6 +117,10 @@ def lay_out_documents(cu_seqlens: Sequence[int], batch: int, length: int, device
         borders, positions.view(batch, length), tuple(buckets), slot.clamp_min(0), empty[:, None, None], slots
     )
     return documents.to(device, non_blocking=True)
+
+
+# What `torch.compiler.disable` would set; calling that imports the compiler, and with it triton.
+lay_out_documents._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class _Moved(torch.autograd.Function):

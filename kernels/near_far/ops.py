@@ -98,7 +98,7 @@ def _attend(
         return form(q, k, v, mixer, mix_logit, **options, mask=mask)
     documents = cu_seqlens
     if not isinstance(documents, Documents):
-        documents = lay_out_documents(documents.tolist(), *q.shape[::2], q.device)
+        documents = lay_out_documents(documents.tolist(), q.shape[0], q.shape[2], q.device)
     parts = documents.split(q, k, v)
     logits: list[Tensor | None] = [mix_logit] * len(parts)
     if mix_logit is not None and mix_logit.ndim == 3:
