@@ -54,7 +54,8 @@ def near_far_attention(
     Returns:
         (B, H, T, V) in q's dtype. Sums, exponentials and the state are float32 (float64 for float64 inputs). An empty
         batch gives an empty result. A NaN or infinity in a token reaches outputs of its own sequence from the start of
-        the token's chunk on, and no others; in a padding token it reaches none.
+        the token's chunk on, and no others; in a padding token it reaches none. From the state of a `Recurrent` mixer
+        it also reaches the documents after it in its row, as 0 times NaN is NaN.
 
     Raises:
         LinearizeError: a shape, dtype or option that does not fit, or a backend that cannot run here, with its value.
