@@ -40,9 +40,9 @@ from linearize.benchmarks.machine import machine_info, synchronize
 from linearize.benchmarks.speed import spread
 from linearize.config import LinearizeConfig
 from linearize.convert import added_parameters, convert, original_attention
+from linearize.distill.adam import Adam
 from linearize.distill.calibration import mix_lr_scale
 from linearize.distill.data import Batch, build_stream
-from linearize.distill.loop import make_optimizer
 from linearize.distill.objectives import OBJECTIVES
 from linearize.distill.options import DataOptions, Source
 from linearize.distill.transfer import check_taught, transfer_step
@@ -75,7 +75,7 @@ def bench_transfer(
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = make_optimizer(parameters, mix_lr_scale)
+    optimizer = Adam(parameters, mix_lr_scale)
 
     def update() -> None:
         optimizer.step()

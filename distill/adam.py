@@ -8,13 +8,14 @@ from torch import nn
 
 from linearize.distill.processes import average_gradients
 
-__all__ = ["Adam", "make_optimizer"]
+__all__ = ["Adam"]
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Adam(torch.optim.AdamW):
-    """AdamW without weight decay; the training loop sets the learning rate.
+    """AdamW without weight decay of named parameters; the training loop sets the learning rate, times `lr_scale` of a
+    parameter's name.
 
     A bfloat16 weight near 1 moves in steps of 1/128: adding an update of 1e-4 to it changes nothing, however often. So
     a parameter in half precision has a float32 copy, the master, which takes the updates; the parameter is the master
@@ -66,11 +67,6 @@ class Adam(torch.optim.AdamW):
         """Gradients are the parameters' own again."""
         for hook in self._hooks:
             hook.remove()
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], lr_scale: Callable[[str], float] = lambda name: 1.0) -> Adam:
-    """`Adam` of these parameters. `train` sets the learning rate, times `lr_scale` of a parameter's name."""
-    return Adam(parameters, lr_scale)
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:

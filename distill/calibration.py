@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linearize.attention import Mix, Observation
-from linearize.distill.adam import Adam, make_optimizer
+from linearize.distill.adam import Adam
 from linearize.distill.loop import learning_rate
 from linearize.distill.objectives import FarTarget, decomposed_loss, student_far
 
@@ -99,7 +99,7 @@ class Calibration:
         layer, index = seen.layer, seen.layer.layer_idx
         if index not in self._layers:
             named = {name: p for name, p in layer.named_parameters() if name.startswith(("mixer.", "mix."))}
-            self._layers[index] = layer.mix, MixFit(), make_optimizer(named, mix_lr_scale)
+            self._layers[index] = layer.mix, MixFit(), Adam(named, mix_lr_scale)
             self.losses[index] = []
             if layer.mix is not None:
                 start = MixFit()

@@ -44,10 +44,8 @@ def write(
     Raises:
         LinearizeError: the disk does not take it; what was there before is untouched.
     """
-    weights, moments = (
-        {name: p.detach().contiguous() for name, p in parameters.items()},
-        _moments(parameters, optimizer),
-    )
+    weights = {name: p.detach().contiguous() for name, p in parameters.items()}
+    moments = _moments(parameters, optimizer)
     text = json.dumps(state)
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"

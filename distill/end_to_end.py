@@ -8,7 +8,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +26,7 @@ from linearize.distill.options import DistillOptions, ExtendOptions
 from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
 from linearize.errors import LinearizeError
-from linearize.rows import CONTROL, WINDOW
+from linearize.rows import CONTROL, WINDOW, untrained
 
 __all__ = [
     "CONTROL",
@@ -332,14 +332,9 @@ def _lora_settings(config: Any) -> tuple[int, float, list[str]]:
     return config.r, float(config.lora_alpha), sorted(config.target_modules)
 
 
-@contextmanager
-def _untrained(model: Any) -> Iterator[Any]:
+def _untrained(model: Any) -> AbstractContextManager[Any]:
     """The teacher inside a student: no adapter, original attention."""
-    with ExitStack() as stack:
-        if hasattr(model, "disable_adapter"):
-            stack.enter_context(model.disable_adapter())
-        stack.enter_context(original_attention(model))
-        yield model
+    return untrained(model, original_attention)
 
 
 def _chosen(model: Any, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from linearize.distill import checkpoints, processes
-from linearize.distill.adam import Adam, make_optimizer
+from linearize.distill.adam import Adam
 from linearize.distill.data import Batch, TokenStream
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.distill.tracking import Log, peak_memory
 from linearize.errors import LinearizeError
 
-__all__ = ["FINAL_LR", "Extra", "Outcome", "learning_rate", "make_optimizer", "progress_of", "train"]
+__all__ = ["FINAL_LR", "Extra", "Outcome", "learning_rate", "progress_of", "train"]
 
 TELL_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
@@ -122,7 +122,7 @@ def train(
         accumulation: batches an optimizer step, in each process.
         lr_scale: factor on the learning rate of a parameter, by its name.
         clip: limit on the norm of all gradients together; None is no limit.
-        optimizer: what `make_optimizer` returned for these parameters, for a step that updates on its own as well;
+        optimizer: `Adam` of these parameters, for a step that updates on its own as well;
             None makes one.
         extra: state of the stage's own that checkpoints keep.
 
@@ -135,7 +135,7 @@ def train(
     """
     accelerator = processes.open_accelerator()
     if optimizer is None:
-        optimizer = make_optimizer(parameters, lr_scale)
+        optimizer = Adam(parameters, lr_scale)
     saved = folder / "checkpoints" / stage
     outcome = Outcome()
     newest = _agreed(checkpoints.latest(saved))

@@ -27,6 +27,7 @@ from linearize.kernels.near_far.transfer import far_divergence, split_attention
 __all__ = [
     "OBJECTIVES",
     "FarTarget",
+    "check_far_queries",
     "decomposed_loss",
     "first_far_query",
     "hidden_loss",
@@ -101,6 +102,16 @@ class FarTarget:
 def first_far_query(config: LinearizeConfig) -> int:
     """Position of the first query that has a far key: a key that is no sink, in the chunk before the chunk before."""
     return (config.sinks // config.window + 2) * config.window
+
+
+def check_far_queries(config: LinearizeConfig, seq_len: int, setting: str) -> None:
+    """Raise a LinearizeError, which names `setting`, where rows of so many tokens have no query with a far key."""
+    needed = first_far_query(config)
+    if seq_len <= needed:
+        raise LinearizeError(
+            f"{setting}: in rows of {seq_len} tokens nothing has left a window of {config.window} (two chunks) and "
+            f"{config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
+        )
 
 
 def decomposed_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from linearize.attention import Observation, Switch
 from linearize.convert import base_model, converted_layers, original_attention
 from linearize.distill.logit_losses import kl_divergence
-from linearize.distill.objectives import FarTarget, first_far_query
+from linearize.distill.objectives import FarTarget, check_far_queries
 from linearize.distill.transfer import observe
 from linearize.errors import LinearizeError
 from linearize.families import family_of
@@ -244,12 +244,7 @@ def _device(model: Any) -> torch.device:
 
 def _check_length(model: Any, rows: Sequence[Tensor]) -> None:
     config = next(iter(converted_layers(model).values())).linearize_config
-    needed, shortest = first_far_query(config), min(row.shape[1] for row in rows)
-    if shortest <= needed:
-        raise LinearizeError(
-            f"seq_len: in rows of {shortest} tokens nothing has left a window of {config.window} (two chunks) and "
-            f"{config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
-        )
+    check_far_queries(config, min(row.shape[1] for row in rows), "seq_len")
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

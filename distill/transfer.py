@@ -16,10 +16,11 @@ from linearize.attention import Observation
 from linearize.config import TAUGHT_MIXERS, LinearizeConfig
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
 from linearize.distill import checkpoints
+from linearize.distill.adam import Adam
 from linearize.distill.calibration import Calibration, mix_lr_scale
 from linearize.distill.data import Batch, TokenStream, model_inputs
-from linearize.distill.loop import Outcome, StepLosses, make_optimizer, train
-from linearize.distill.objectives import OBJECTIVES, FarTarget, first_far_query
+from linearize.distill.loop import Outcome, StepLosses, train
+from linearize.distill.objectives import OBJECTIVES, FarTarget, check_far_queries
 from linearize.distill.options import TransferOptions
 from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
@@ -62,7 +63,7 @@ def run_transfer(
         position = stream.state_dict()
         calibrate(base, stream, options.calibration_tokens)
         stream.load_state_dict(position)
-    optimizer = make_optimizer(parameters, mix_lr_scale)  # after calibration: masters are copies
+    optimizer = Adam(parameters, mix_lr_scale)  # after calibration: masters are copies
 
     def update() -> None:
         optimizer.step()
@@ -91,12 +92,7 @@ def check_taught(config: LinearizeConfig, seq_len: int, name: str) -> None:
             f"{name}: mixer {config.mixer!r} has no far side of its own to teach; convert with mixer 'hedgehog', or "
             "skip it"
         )
-    needed = first_far_query(config)
-    if seq_len <= needed:
-        raise LinearizeError(
-            f"data.seq_len: in rows of {seq_len} tokens nothing has left a window of {config.window} (two "
-            f"chunks) and {config.sinks} sinks; use more than {needed}, better {needed + 14 * config.window}"
-        )
+    check_far_queries(config, seq_len, "data.seq_len")
 
 
 def transfer_step(

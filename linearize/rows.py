@@ -26,7 +26,7 @@ from linearize.convert import (
     window_off,
 )
 
-__all__ = ["CONTROL", "WINDOW", "Rows", "comparison_rows", "speed_rows"]
+__all__ = ["CONTROL", "WINDOW", "Rows", "comparison_rows", "speed_rows", "untrained"]
 
 Rows = dict[str, Callable[[], AbstractContextManager[Any]]]
 CONTROL, WINDOW = "control", "window"  # names of PEFT adapters
@@ -48,10 +48,10 @@ def comparison_rows(model: Any, base: Any = None) -> Rows:
     if base is not None:
         config = LinearizeConfig.from_dict(base_model(model).config.linearize)
         source = convert(base, replace(config, mixer="none"))
-    rows: Rows = {"original": lambda: _untrained(source, original_attention)}
+    rows: Rows = {"original": lambda: untrained(source, original_attention)}
     if CONTROL in getattr(model, "peft_config", {}):
         rows[CONTROL] = lambda: _with_adapter(model, CONTROL, original_attention)
-    rows["window + sinks"] = lambda: _untrained(source, state_off)
+    rows["window + sinks"] = lambda: untrained(source, state_off)
     if WINDOW in getattr(model, "peft_config", {}):
         rows["window + sinks, trained"] = lambda: _with_adapter(model, WINDOW, state_off)
     rows["student"] = lambda: nullcontext(model)
@@ -77,8 +77,8 @@ def _has_state(model: Any) -> bool:
 
 
 @contextmanager
-def _untrained(model: Any, switch: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
-    """The model under a switch, without what LoRA learned."""
+def untrained(model: Any, switch: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+    """Inside, the model under a switch, without what LoRA learned. With `original_attention` that is the teacher."""
     disabled = model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
     with disabled, switch(model):
         yield model

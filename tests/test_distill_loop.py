@@ -20,7 +20,7 @@ from torch import nn
 from linearize import LinearizeError
 from linearize.convert import added_parameters, converted_layers
 from linearize.distill import checkpoints, loop, tracking
-from linearize.distill.adam import make_optimizer
+from linearize.distill.adam import Adam
 from linearize.distill.end_to_end import CONTROL, run_distill
 from linearize.distill.loop import FINAL_LR, Outcome, learning_rate, progress_of, train
 from linearize.distill.options import Budget, DistillOptions, TransferOptions
@@ -405,7 +405,7 @@ class TestMasters:
 
     def test_gradients_of_a_step_add_up_in_float32(self, tmp_path):
         weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-        optimizer = make_optimizer({"weight": weight})
+        optimizer = Adam({"weight": weight})
         for scale in (1.0, 1e-3, 1e-3, 1e-3):
             (weight.float() * scale).sum().backward()
         assert weight.grad is None

@@ -200,9 +200,8 @@ class TestGoingOn:
 
 
 class TestGoingOnWithChanges:
-    def test_an_unfinished_stage_takes_another_lr(self, place: Path, tmp_path: Path, monkeypatch):
-        """What a loss that diverges asks for: the same folder, a lower lr, from the last checkpoint."""
-        out = tmp_path / "out"
+    def stopped_in_distill(self, place: Path, out: Path, monkeypatch) -> tuple[str, ...]:
+        """A run whose second stage ended with an error; returns its settings."""
 
         def stop(*args, **named):
             raise LinearizeError("distill: the loss diverges")
@@ -211,6 +210,13 @@ class TestGoingOnWithChanges:
         with monkeypatch.context() as patch:
             patch.setattr(job, "run_distill", stop)
             assert run(place, out, *settings, command="distill").exit_code == 2
+        return settings
+
+    def test_an_unfinished_stage_takes_another_lr(self, place: Path, tmp_path: Path, monkeypatch):
+        """What a loss that diverges asks for: the same folder, a lower lr, from the last checkpoint."""
+        out = tmp_path / "out"
+
+        settings = self.stopped_in_distill(place, out, monkeypatch)
         refused = run(place, out, *settings, "stages.0.transfer.lr=1e-5", command="distill")  # that stage is over
         assert "(stages[0].transfer.lr is 0.02 there and 1e-05 here)" in refused.stderr
         refused = run(place, out, *settings, "stages.1.distill.lora_rank=3", command="distill")
@@ -231,13 +237,7 @@ class TestGoingOnWithChanges:
         """Half as many processes with twice the accumulation is the same training, and nothing else is."""
         out = tmp_path / "out"
 
-        def stop(*args, **named):
-            raise LinearizeError("stopped")
-
-        settings = ("evaluate.control=false", "evaluate.window=false")
-        with monkeypatch.context() as patch:
-            patch.setattr(job, "run_distill", stop)
-            assert run(place, out, *settings, command="distill").exit_code == 2
+        settings = self.stopped_in_distill(place, out, monkeypatch)
         progress = json.loads((out / "progress.json").read_text())
         assert progress["processes"] == 1
         (out / "progress.json").write_text(json.dumps(progress | {"processes": 2}))
