@@ -22,10 +22,8 @@ from PyTorch's record of every allocation on a CPU and from its allocator on a G
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,6 +35,7 @@ import torch
 
 from linearize.benchmarks.files import write_json
 from linearize.benchmarks.machine import machine_info, synchronize
+from linearize.benchmarks.peak import peak_bytes
 from linearize.benchmarks.speed import spread
 from linearize.config import LinearizeConfig
 from linearize.convert import added_parameters, convert, original_attention
@@ -90,7 +89,7 @@ def bench_transfer(
         update()
 
     runs = dict(zip(ROWS, (teacher, transfer)))
-    memory = {name: _peak_bytes(partial(run, batches[0]), device) for name, run in runs.items()}
+    memory = {name: peak_bytes(partial(run, batches[0]), device) for name, run in runs.items()}
     weights = 0 if device.type == "cuda" else sum(p.numel() * p.element_size() for p in model.parameters())
     for run in runs.values():
         run(batches[1])
@@ -136,25 +135,6 @@ def _timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]
     run()
     synchronize(device)
     return time.perf_counter() - wall, time.process_time() - processor
-
-
-def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """The most bytes of tensors alive at once during `run`: on a GPU of all, on a CPU of those made in it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    alive = most = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        alive += event["args"]["Bytes"]
-        most = max(most, alive)
-    return most
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

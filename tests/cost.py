@@ -1,14 +1,15 @@
 """How cost grows with length: seconds of processor time, and bytes from torch's allocator."""
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from linearize.benchmarks.peak import allocations
 
 
 def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
@@ -33,15 +34,11 @@ def growth_of_time(runs: dict[int, Callable[[], None]], limit: float) -> float:
     return growth
 
 
-def peak_bytes(run: Callable[[], None], folder: Path) -> int:
+def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes of tensors that `run` has alive at once, by the profiler's record of every allocation."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    trace = folder / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    assert len(events) > 10
-    return max(event["args"]["Total Allocated"] for event in events)
+    sizes = allocations(run)
+    assert len(sizes) > 10
+    return max(accumulate(sizes))
 
 
 class LargestTensor(TorchDispatchMode):

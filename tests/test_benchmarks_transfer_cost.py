@@ -43,7 +43,7 @@ def test_rows_and_ratios(student):
 
 
 def test_peak_counts_what_is_alive_at_once():
-    from linearize.benchmarks.transfer_cost import _peak_bytes
+    from linearize.benchmarks.peak import peak_bytes
 
     def run(together):
         for _ in range(4):
@@ -51,8 +51,8 @@ def test_peak_counts_what_is_alive_at_once():
             (kept.append(x) if together else nullcontext())
 
     kept: list[torch.Tensor] = []
-    assert 4 << 20 <= _peak_bytes(lambda: run(False), torch.device("cpu")) < 9 << 20
-    assert _peak_bytes(lambda: run(True), torch.device("cpu")) >= 16 << 20
+    assert 4 << 20 <= peak_bytes(lambda: run(False), torch.device("cpu")) < 9 << 20
+    assert peak_bytes(lambda: run(True), torch.device("cpu")) >= 16 << 20
 
 
 def test_more_local_steps_cost_more(student):
@@ -87,3 +87,14 @@ class TestCommand:
         assert main(["absent", "--text", "absent.txt", "--out", str(tmp_path / "x.json"), *words]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x.json").exists()
+
+
+def test_what_was_freed_between_two_measurements_does_not_count():
+    """The profiler's own total goes on where its last use in the process ended."""
+    from linearize.benchmarks.peak import peak_bytes
+
+    kept = []
+    assert peak_bytes(lambda: kept.append(torch.zeros(1 << 20)), torch.device("cpu")) >= 4 << 20
+    kept.clear()
+    for _ in range(2):
+        assert 1 << 20 <= peak_bytes(lambda: torch.zeros(1 << 18), torch.device("cpu")) < 2 << 20

@@ -548,8 +548,8 @@ class TestLinearCost:
         assert largest[4096] <= 1.1 * 4 * self.H * 4096 * (2 * self.W + self.S)
 
     @pytest.mark.parametrize("far", FAR)
-    def test_peak_memory(self, far, tmp_path):
-        peak = {length: peak_bytes(run, tmp_path) for length, run in self.runs(far).items()}
+    def test_peak_memory(self, far):
+        peak = {length: peak_bytes(run) for length, run in self.runs(far).items()}
         assert peak[4096] <= 5 * peak[1024]
 
     @pytest.mark.parametrize("far", FAR)

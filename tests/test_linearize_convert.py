@@ -433,10 +433,10 @@ class TestTraining:
         assert growth_of_time(self.runs(far), limit=5) <= 5
 
     @pytest.mark.parametrize("far", FAR)
-    def test_cost_is_linear(self, far, tmp_path):
+    def test_cost_is_linear(self, far):
         """4096 tokens against 1024: no 4-D mask either."""
         runs = self.runs(far)
-        peak = {length: peak_bytes(step, tmp_path) for length, step in runs.items()}
+        peak = {length: peak_bytes(step) for length, step in runs.items()}
         assert peak[4096] <= 5 * peak[1024]
         work = {length: flops(step) for length, step in runs.items()}
         assert 0 < work[4096] <= 4.1 * work[1024]

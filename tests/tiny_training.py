@@ -106,6 +106,7 @@ def train_student(kind: str, folder: Path, steps: int) -> None:
     `folder`/final.safetensors. For children."""
     from safetensors.torch import save_file
 
+    from linearize.distill.checkpoints import latest
     from linearize.distill.end_to_end import run_distill
     from linearize.distill.options import Budget, DistillOptions, TransferOptions
     from linearize.distill.transfer import run_transfer
@@ -121,7 +122,8 @@ def train_student(kind: str, folder: Path, steps: int) -> None:
     if kind == "transfer":
         run_transfer(student, TokenRows(1, 32), TransferOptions(**shared, calibration_tokens=64), folder)
     else:
-        # LoRA starts from random numbers: another process has others unless the checkpoint brings them.
-        torch.manual_seed(time.time_ns() % 10**9 if (folder / "checkpoints").exists() else 0)
+        # LoRA starts from random numbers: another process has others unless the checkpoint brings them. A stage that
+        # was killed before its first one begins as a run does, from the run's seed.
+        torch.manual_seed(time.time_ns() % 10**9 if latest(folder / "checkpoints" / kind) else 0)
         student, _ = run_distill(student, TokenRows(1, 32), DistillOptions(**shared, lora_rank=2), folder)
     save_file({name: p.detach().clone() for name, p in student.named_parameters()}, folder / "final.safetensors")
