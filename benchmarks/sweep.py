@@ -28,7 +28,7 @@ import yaml
 from linearize.benchmarks.files import write_json, write_text
 from linearize.console import note
 from linearize.distill.options import EvaluateOptions
-from linearize.distill.recipe import load_recipe
+from linearize.distill.recipe import StrictLoader, load_recipe
 from linearize.distill.records import check_keys, convert_list
 from linearize.errors import LinearizeError
 
@@ -60,7 +60,7 @@ def load_sweep(path: str | Path) -> Sweep:
     if not file.is_file():
         raise LinearizeError(f"{file}: no such file; write one as `python -m linearize.benchmarks.sweep --help` says")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LinearizeError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.distill.tracking import Log, peak_memory
 from linearize.errors import LinearizeError
 
-__all__ = ["FINAL_LR", "Extra", "Outcome", "learning_rate", "progress_of", "train"]
+__all__ = ["FINAL_LR", "Outcome", "learning_rate", "progress_of", "train"]
 
 TELL_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
@@ -30,20 +30,6 @@ DIVERGING, PATIENCE, SETTLED = 4.0, 50, 10
 
 StepLosses = dict[str, Tensor]
 """What a step reports, each a detached scalar: `loss`, and `layer.N` where layers have losses of their own."""
-
-
-class Extra(Protocol):
-    """What a stage keeps beside its parameters: part of every checkpoint, and told what each step reported."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-
-    def after_step(self, reported: dict[str, float]) -> None:
-        """The losses of an optimizer step that was done, means over its batches and over all processes: what a stage
-        decides by them it decides alike in every process."""
 
 
 @dataclass
@@ -99,7 +85,6 @@ def train(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     clip: float | None = None,
     optimizer: Adam | None = None,
-    extra: Extra | None = None,
 ) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in `folder`/checkpoints/`stage` where there is one.
 
@@ -124,7 +109,6 @@ def train(
         clip: limit on the norm of all gradients together; None is no limit.
         optimizer: `Adam` of these parameters, for a step that updates on its own as well;
             None makes one.
-        extra: state of the stage's own that checkpoints keep.
 
     Returns:
         Steps, tokens and seconds in all, and the reported losses at both ends.
@@ -143,8 +127,6 @@ def train(
         state = checkpoints.restore(newest, optimizer.trained, optimizer)
         stream.load_state_dict(state["stream"])
         outcome = Outcome(**state["outcome"])
-        if extra is not None:
-            extra.load_state_dict(state["extra"])
     processes.same_start(optimizer.trained.values())
     optimizer.round()
     log = Log(folder / "train.jsonl", stage, outcome.steps)
@@ -154,8 +136,6 @@ def train(
         nonlocal saved_steps, saved_at
         if processes.rank() == 0:
             state = {"stream": stream.state_dict(), "outcome": vars(outcome)}
-            if extra is not None:
-                state["extra"] = extra.state_dict()
             checkpoints.write(saved, outcome.steps, optimizer.trained, optimizer, state)
         saved_steps, saved_at = outcome.steps, time.perf_counter()
 
@@ -197,8 +177,6 @@ def train(
             outcome.tokens += tokens
             outcome.seconds = seconds
             _follow(outcome, reported)
-            if extra is not None:
-                extra.after_step(reported)
             if outcome.above >= PATIENCE:
                 raise LinearizeError(f"{stage}: {_diverged(outcome)} at step {outcome.steps}; {way_out()}")
             done = progress_of(options.budget, outcome.steps, outcome.tokens, outcome.seconds)

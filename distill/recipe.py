@@ -41,6 +41,7 @@ __all__ = [
     "RecipeError",
     "Source",
     "Stage",
+    "StrictLoader",
     "TransferOptions",
     "dump_recipe",
     "load_recipe",
@@ -125,6 +126,18 @@ class Recipe(Record):
                     f"{list(options.train)} beside another end-to-end stage, whose result would become the teacher; "
                     "give one such stage, or train lora in all",
                 )
+            if isinstance(options, DistillOptions) and options.window_dropout and self.convert.mixer == "none":
+                raise RecipeError(
+                    f"stages[{index}].{name}.window_dropout",
+                    f"{options.window_dropout}, and convert.mixer 'none' has no state that a smaller window would "
+                    "train; set it to 0",
+                )
+            if name == "transfer" and any(isinstance(before, DistillOptions) for _, before in self.stages[:index]):
+                raise RecipeError(
+                    f"stages[{index}]",
+                    "transfer after an end-to-end stage would learn from the trained weights instead of the original; "
+                    "list it first",
+                )
             if name == "transfer" and self.convert.mixer not in TAUGHT_MIXERS:
                 why = "no state" if self.convert.mixer == "none" else "no far side of its own"
                 raise RecipeError(
@@ -150,7 +163,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     text, where = _read(name)
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise LinearizeError(f"{where}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
@@ -193,7 +206,7 @@ def _read(name: str | Path) -> tuple[str, str]:
     raise LinearizeError(f"recipe {str(name)!r}: unknown{nearest(str(name), preset_names())}; or give a YAML file")
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error: PyYAML would quietly keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -212,7 +225,7 @@ def _override(values: dict[Any, Any], override: str) -> None:
     if not equals or not all(parts):
         raise LinearizeError(f"override {override!r}: not of the form key=value, such as data.seq_len=512")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise LinearizeError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
     here: Any = values

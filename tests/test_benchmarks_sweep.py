@@ -113,3 +113,10 @@ def test_mistakes_show_before_anything_is_trained(place: Path, changes, message)
 def test_no_file(tmp_path: Path):
     with pytest.raises(LinearizeError, match=r"nowhere.yaml: no such file"):
         load_sweep(tmp_path / "nowhere.yaml")
+
+
+def test_a_variant_named_twice(tmp_path):
+    """PyYAML alone would quietly keep the last of them."""
+    (tmp_path / "sweep.yaml").write_text("recipe: demo\nvariants:\n  base: []\n  base: [seed=1]\n")
+    with pytest.raises(LinearizeError, match=r"sweep.yaml: not valid YAML: .*'base' is given twice"):
+        load_sweep(tmp_path / "sweep.yaml")

@@ -801,27 +801,6 @@ class TestGoingOn:
         Toy().train(tmp_path, options(steps=4, checkpoint_minutes=1e-9))
         assert steps == [1, 2, 3, 4]
 
-    def test_a_stages_own_state_is_part_of_a_checkpoint(self, tmp_path):
-        class Seen:
-            def __init__(self):
-                self.losses = []
-
-            def state_dict(self):
-                return {"losses": self.losses}
-
-            def load_state_dict(self, state):
-                self.losses = state["losses"]
-
-            def after_step(self, reported):
-                self.losses.append(reported["layer.4"])
-
-        whole, cut, again = Seen(), Seen(), Seen()
-        Toy().train(tmp_path / "whole", options(steps=5), extra=whole)
-        Toy().train(tmp_path / "cut", options(steps=3, warmup=0.0), extra=cut)
-        Toy().train(tmp_path / "cut", options(steps=5), extra=again)
-        assert len(whole.losses) == len(again.losses) == 5
-        assert again.losses[:3] == cut.losses
-
     def test_a_checkpoint_of_other_data(self, tmp_path):
         Toy().train(tmp_path, options(steps=2))
         with pytest.raises(LinearizeError, match="data: another shape"):

@@ -170,6 +170,10 @@ def test_numbers_as_people_write_them(text, number):
         ("stages.1.distill.train=[]", "stages[1].distill.train: the list is empty"),
         ("stages.1.distill.lora_targets=[1]", "stages[1].distill.lora_targets[0]: 1 is not a text"),
         ("convert.mixer=none", "stages[0]: transfer teaches the state, and convert.mixer 'none' has no state"),
+        (
+            "stages=[{distill: {budget: {steps: 1}}}, {transfer: {budget: {steps: 1}}}]",
+            "stages[1]: transfer after an end-to-end stage would learn from the trained weights",
+        ),
         ("evaluate.needle_depths=[0.5, 2]", "evaluate.needle_depths[1]: 2 is out of range"),
         ("evaluate.tokens=100", "evaluate.tokens: 100 is less than one sequence of 1024"),
         ("evaluate.control=1", "evaluate.control: 1 is neither true nor false"),
@@ -189,6 +193,11 @@ def test_mistakes_in_settings(override, message):
         load_recipe("demo", ["seed=0", override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_window_dropout_without_a_state():
+    with pytest.raises(LinearizeError, match=r"distill.window_dropout: 0.1, and convert.mixer 'none' has no state"):
+        load_recipe("window-only", [*FILL_IN["window-only"], "stages.0.distill.window_dropout=0.1"])
 
 
 def test_mistakes_in_files(tmp_path):
