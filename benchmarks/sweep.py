@@ -12,7 +12,8 @@ Run it as `python -m linearize.benchmarks.sweep SWEEP.yaml --out FOLDER`. The fi
       no calibration: [stages.0.transfer.calibration_tokens=0]
 
 Each variant is a run of its own in FOLDER/<variant>, so a sweep that was stopped goes on where it was. sweep.json and
-sweep.md in FOLDER are written again after each variant.
+sweep.md in FOLDER are written again after each variant. Every variant's student is compared with the first one's on the
+same tokens; a variant of the first with another seed shows how much of a difference is chance.
 """
 
 import argparse
@@ -20,13 +21,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.files import write_json, write_text
-from linearize.console import note
+from linearize.console import human_tokens, note
 from linearize.distill.options import EvaluateOptions
 from linearize.distill.recipe import StrictLoader, load_recipe
 from linearize.distill.records import check_keys, convert_list
@@ -36,6 +39,7 @@ __all__ = ["KIND", "Sweep", "load_sweep", "main", "run_sweep", "table"]
 
 KIND = "linearize.sweep"
 STUDENT = "student"
+FIRST = "student of the first variant"  # as a row beside the other variants'
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,14 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
     from linearize.tasks import evaluate_model
 
     result: dict[str, Any] = {"kind": KIND, "schema": 1, "recipe": sweep.recipe, "variants": []}
+    also: list[str] = []
     for number, (name, settings) in enumerate(sweep.variants.items(), 1):
         note(f"[{number}/{len(sweep.variants)}] {name}")
         folder = out / _folder(name)
         recipe = load_recipe(sweep.recipe, (*sweep.settings, *settings))
         job = Job(recipe, folder)
         student = job.run([STUDENT])[0]
-        rows = sweep.base_rows if number == 1 else sweep.rows
+        rows = sweep.rows if also else sweep.base_rows
         measured = evaluate_model(
             str(student),
             None,
@@ -130,33 +135,58 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
             recipe.dtype,
             None,
             recipe.seed,
-            rows=[row for row in rows if row != "original"],
-            # The original is the same for all: measured once.
+            rows=[*(row for row in rows if row != BASELINE), *([FIRST] if also else [])],
+            also=also,
+            # The original and the first variant's student are the same for all: measured once.
             work=out / "measurements",
         )
         result["variants"].append({"name": name, "settings": list(settings), "evaluate": measured})
+        also = also or [f"{FIRST}={student}"]
         write_json(out / "sweep.json", result)
         write_text(out / "sweep.md", table(result))
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table of sweep.json: one line a variant and row, each with what was changed."""
+    """Markdown of sweep.json: a line a variant and row, the variants' students against the first, what was changed."""
     from linearize.benchmarks.distillation_table import table as rows_table
 
-    text = rows_table([(variant["name"], variant["evaluate"]) for variant in result["variants"]])
-    lines, seen = [], set()
-    for line in text.splitlines():
-        # The original, measured with the first variant, is every variant's.
-        original = re.match(r"\| (.*): original \|", line)
-        if original is not None:
-            if "original" in seen:
-                continue
-            seen.add("original")
-            line = line.replace(f"{original[1]}: original", "original", 1)
-        lines.append(line)
-    changed = [f"- {v['name']}: {', '.join(f'`{s}`' for s in v['settings']) or 'as it is'}" for v in result["variants"]]
-    return "\n".join([*lines, "", "Variants:", "", *changed]) + "\n"
+    variants = result["variants"]
+    first = variants[0]["name"]
+    shown = [(v["name"], v["evaluate"]) for v in variants[:1]]
+    for variant in variants[1:]:
+        rows = [row for row in variant["evaluate"]["rows"] if row not in (BASELINE, FIRST)]
+        shown.append((variant["name"], variant["evaluate"] | {"rows": rows}))
+    parts = [rows_table(shown).replace(f"| {first}: {BASELINE} |", f"| {BASELINE} |", 1)]
+    if len(variants) > 1:
+        parts.append(_against_first(variants))
+    changed = [f"- {v['name']}: {', '.join(f'`{s}`' for s in v['settings']) or 'as it is'}" for v in variants]
+    return "\n".join([*parts, "Variants:", "", *changed]) + "\n"
+
+
+def _against_first(variants: Sequence[dict[str, Any]]) -> str:
+    """Perplexity of the variants' students over that of the first one's, on the same tokens."""
+    lines: list[list[str]] = []
+    for variant in variants[1:]:
+        cells = {}
+        for text, by_context in variant["evaluate"]["texts"].items():
+            for part in by_context.values():
+                found = [c for c in part["comparisons"] if (c["row"], c["against"]) == (STUDENT, FIRST)]
+                cells[f"{text} at {human_tokens(part['seq_len'])}"] = _ratio(found[0])
+        lines = lines or [["student", *cells], ["---", *["---:"] * len(cells)]]
+        lines.append([variant["name"], *cells.values()])
+    written = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"Perplexity over that of {variants[0]['name']!r}, with a paired 95 % interval:\n\n{written}\n"
+
+
+def _ratio(comparison: dict[str, Any]) -> str:
+    """`1.02 (0.99 to 1.05)` of a difference in nats, as far as it is known."""
+    if comparison["nll_difference"] is None:
+        return "–"
+    known = f"{exp(comparison['nll_difference']):.3f}"
+    if comparison["ci95"] is None:
+        return known
+    return f"{known} ({' to '.join(f'{exp(end):.3f}' for end in comparison['ci95'])})"
 
 
 def _folder(name: str) -> str:

@@ -73,6 +73,8 @@ def select(
         raise LinearizeError(f"by: {by!r} is unknown; use one of {', '.join(METHODS)}")
     if keep is not None and cache_bytes is not None:
         raise LinearizeError(f"cache_bytes: {cache_bytes} and keep {keep} are two limits; give one of them")
+    if by == "uniform" and text:
+        raise LinearizeError(f"text: {text[0]!r} is given, and uniform reads no text; leave it out, or use --by recall")
     length = parse_tokens(context, "context")
     if len(length) > 1:
         raise LinearizeError(f"context: {context!r} names several lengths; the choice is made for one")

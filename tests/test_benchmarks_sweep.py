@@ -1,12 +1,13 @@
 """Sweeps: one recipe with one thing changed at a time."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
-from linearize.benchmarks.sweep import load_sweep, main, run_sweep
+from linearize.benchmarks.sweep import FIRST, load_sweep, main, run_sweep
 from linearize.errors import LinearizeError
 from tests.saved_models import save_tiny_model
 
@@ -58,7 +59,7 @@ def test_every_variant_is_trained_and_measured(finished: Path):
     found = json.loads((finished / "sweep.json").read_text())
     assert [variant["name"] for variant in found["variants"]] == list(VARIANTS)
     rows = [list(variant["evaluate"]["texts"]["saw"]["64"]["rows"]) for variant in found["variants"]]
-    assert rows == [["original", "window + sinks", "student"], ["original", "student"]]
+    assert rows == [["original", "window + sinks", "student"], ["original", "student", FIRST]]
     steps = [variant["evaluate"]["tokens_seen"]["student"] for variant in found["variants"]]
     assert steps == [64, 128]
     recipe = yaml.safe_load((finished / "no-state-a-longer-stage" / "recipe.yaml").read_text())
@@ -73,6 +74,10 @@ def test_the_table(finished: Path):
         "| base: student",
         "| No state, a longer stage: student",
     ]
+    [ratio] = [line for line in lines[6:] if line.startswith("| No state, a longer stage")]
+    comparisons = json.loads((finished / "sweep.json").read_text())["variants"][1]["evaluate"]["texts"]["saw"]["64"]
+    [found] = [c for c in comparisons["comparisons"] if (c["row"], c["against"]) == ("student", FIRST)]
+    assert ratio.startswith(f"| No state, a longer stage | {math.exp(found['nll_difference']):.3f} (")
     assert lines[-2:] == [
         "- base: as it is",
         "- No state, a longer stage: `convert.mixer=none`, `stages.0.distill.budget.steps=2`",

@@ -247,6 +247,7 @@ class TestCommand:
             (["--cache-bytes", "1TB"], "cache_bytes: '1TB' is not a number of bytes"),
             (["--context", "1k,2k"], "context: '1k,2k' names several lengths"),
             (["--out", "x.pdf"], "out: 'x.pdf' ends in neither .json nor .png"),
+            (["--by", "uniform", "--text", "x.txt"], "text: 'x.txt' is given, and uniform reads no text"),
             (["--by", "uniform", "--out", "x.png"], "out: uniform measures nothing"),
             (["--write", "nowhere.yaml"], "write: 'nowhere.yaml' is no file"),
             (["--text", "nowhere/*.txt"], "nowhere/*.txt"),
