@@ -21,7 +21,7 @@ from linearize.distill.options import Budget, DistillOptions, TransferOptions
 from linearize.distill.tracking import Log, peak_memory
 from linearize.errors import LinearizeError
 
-__all__ = ["FINAL_LR", "Outcome", "learning_rate", "progress_of", "train"]
+__all__ = ["FINAL_LR", "Outcome", "agreed_checkpoint", "learning_rate", "progress_of", "train"]
 
 TELL_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
@@ -122,7 +122,7 @@ def train(
         optimizer = Adam(parameters, lr_scale)
     saved = folder / "checkpoints" / stage
     outcome = Outcome()
-    newest = _agreed(checkpoints.latest(saved))
+    newest = agreed_checkpoint(saved)
     if newest is not None:
         state = checkpoints.restore(newest, optimizer.trained, optimizer)
         stream.load_state_dict(state["stream"])
@@ -205,8 +205,13 @@ def train(
     return outcome
 
 
-def _agreed(newest: Path | None) -> Path | None:
-    """The checkpoint that all processes go on from."""
+def agreed_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage, that all processes go on from, or None.
+
+    Raises:
+        LinearizeError: the processes find different ones.
+    """
+    newest = checkpoints.latest(folder)
     found = [None if path is None else path.name for path in processes.gather(newest)]
     if len(set(found)) > 1:
         raise LinearizeError(

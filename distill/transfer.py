@@ -15,11 +15,11 @@ from torch import Tensor
 from linearize.attention import Observation
 from linearize.config import TAUGHT_MIXERS, LinearizeConfig
 from linearize.convert import added_parameters, base_model, converted_layers, original_attention, switch_of
-from linearize.distill import checkpoints
+from linearize.distill import processes
 from linearize.distill.adam import Adam
 from linearize.distill.calibration import Calibration, mix_lr_scale
 from linearize.distill.data import Batch, TokenStream, model_inputs
-from linearize.distill.loop import Outcome, StepLosses, train
+from linearize.distill.loop import Outcome, StepLosses, agreed_checkpoint, train
 from linearize.distill.objectives import OBJECTIVES, FarTarget, check_far_queries
 from linearize.distill.options import TransferOptions
 from linearize.distill.sharding import shard_frozen
@@ -59,7 +59,8 @@ def run_transfer(
             f"gradient_accumulation: {accumulation} with {options.local_steps} local_steps would update between the "
             "batches of a step; set one of them to 1"
         )
-    if options.calibration_tokens and checkpoints.latest(folder / "checkpoints" / "transfer") is None:
+    processes.open_accelerator()
+    if options.calibration_tokens and agreed_checkpoint(folder / "checkpoints" / "transfer") is None:
         position = stream.state_dict()
         calibrate(base, stream, options.calibration_tokens)
         stream.load_state_dict(position)

@@ -270,10 +270,17 @@ def different_checkpoints(root: Path) -> None:
     settings = TransferOptions(budget=Budget(steps=2))
     with pytest.raises(LinearizeError) as error:
         train("toy", lambda batch, backward: {}, {"weight": weight}, UnevenRows(), settings, folder)
-    assert str(error.value) == (
+    told = (
         "checkpoints: the processes find different ones (step-00000003, None, by number); give an output folder that "
         "all machines share"
     )
+    assert str(error.value) == told
+    if processes.rank() == 0:
+        (folder / "checkpoints/transfer/step-00000003").mkdir(parents=True)
+    # One of them would calibrate, and wait for the other.
+    with pytest.raises(LinearizeError) as error:
+        train_stage("transfer", folder, 1, calibration_tokens=32)
+    assert str(error.value) == told
 
 
 class TestFailures:
