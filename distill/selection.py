@@ -19,13 +19,22 @@ from torch import Tensor, nn
 
 from linearize.attention import Observation, Switch
 from linearize.convert import base_model, converted_layers, original_attention
+from linearize.distill.data import TokenStream
 from linearize.distill.logit_losses import kl_divergence
 from linearize.distill.objectives import FarTarget, check_far_queries
 from linearize.distill.transfer import observe
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["Facts", "build_facts", "facts_filler", "lazy_scores", "only_converted", "recall_scores", "swap_scores"]
+__all__ = [
+    "Facts",
+    "build_facts",
+    "draw_facts",
+    "lazy_scores",
+    "only_converted",
+    "recall_scores",
+    "swap_scores",
+]
 
 ROWS_AT_ONCE = 256  # tokens whose logits are in float32 at a time
 LEAD = 16  # tokens of text before the first number and after each: no sink is one of a number's tokens
@@ -117,7 +126,7 @@ def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int 
         LinearizeError: less text than the gaps take.
     """
     draw = random.Random(seed)
-    needed = facts_filler(gaps, count)
+    needed = _facts_filler(gaps, count)
     if len(tokens) < needed:
         raise LinearizeError(
             f"text: {len(tokens)} tokens are less than the {needed} between numbers and questions; give more text"
@@ -143,7 +152,13 @@ def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int 
     return texts
 
 
-def facts_filler(gaps: Sequence[int], count: int = 4) -> int:
+def draw_facts(tokenizer: Any, stream: TokenStream, gaps: Sequence[int], seed: int = 0) -> list[Facts]:
+    """`build_facts` with the text between numbers and questions from the next rows of a stream of single rows."""
+    filler = [next(stream)["input_ids"][0] for _ in range(_facts_filler(gaps) // stream.seq_len + 1)]
+    return build_facts(tokenizer, torch.cat(filler), gaps, seed=seed)
+
+
+def _facts_filler(gaps: Sequence[int], count: int = 4) -> int:
     """How many tokens of ordinary text `build_facts` takes."""
     return sum(gap + LEAD * (count + 1) for gap in gaps)
 

@@ -150,12 +150,10 @@ def _measure(
     device: str | None,
     seed: int,
 ) -> dict[int, float]:
-    import torch
-
     from linearize.convert import convert, converted_layers
     from linearize.distill.data import build_stream
     from linearize.distill.options import DataOptions, Source
-    from linearize.distill.selection import build_facts, facts_filler, lazy_scores, recall_scores, swap_scores
+    from linearize.distill.selection import draw_facts, lazy_scores, recall_scores, swap_scores
     from linearize.models import load_model, load_tokenizer
     from linearize.tasks import announce_dtype
 
@@ -165,8 +163,7 @@ def _measure(
     texts = [next(stream)["input_ids"] for _ in range(rows)]
     # Every other text asks for what was said half a row ago, the rest for what was said a whole row ago.
     gaps = [seq_len // (1 + number % 2) for number in range(rows)]
-    filler = [next(stream)["input_ids"][0] for _ in range(facts_filler(gaps) // seq_len + 1)]
-    facts = build_facts(tokenizer, torch.cat(filler), gaps, seed=seed)
+    facts = draw_facts(tokenizer, stream, gaps, seed)
     loaded, _ = load_model(model, announce_dtype(dtype, device), device)
     convert(loaded, LinearizeConfig(mixer="none", window=config.window, sinks=config.sinks))
     if by == "lazy":
