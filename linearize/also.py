@@ -127,6 +127,8 @@ def row_identities(
     for row in rows:
         if row == "original":
             found[row] = shared
+        elif row in folders and not (Path(folders[row]) / PEFT_FILE).is_file() and Path(folders[row]).is_dir():
+            found[row] = shared | {"student": digest_files(Path(folders[row])), "row": "student"}
         elif row in folders:
             found[row] = shared | {"folder": digest_files(Path(folders[row]))}
         elif row == "window + sinks":
@@ -135,7 +137,9 @@ def row_identities(
             found[row] = shared | {"near": near}
         elif row in BESIDE:
             assert run is not None
-            found[row] = shared | {"folder": digest_files(run / BESIDE[row]), "conversion": conversion}
+            found[row] = shared | {"folder": digest_files(run / BESIDE[row])}
+            if row != "control":  # which is not converted: the same row for another student
+                found[row]["conversion"] = conversion
         else:
             student = digest_files(Path(name)) if Path(name).is_dir() else name
             found[row] = shared | {"student": student, "row": row}
