@@ -6,19 +6,28 @@ Run it as `python -m linearize.benchmarks.distillation_table [LABEL=]evaluate.js
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
-from linearize.benchmarks.evaluate import BASELINE, KIND
+from linearize.benchmarks.evaluate import BASELINE, KIND, STUDENT
 from linearize.benchmarks.files import read_json, write_text
 from linearize.benchmarks.items import named_path
 from linearize.console import human_tokens
 from linearize.errors import LinearizeError
 
-__all__ = ["main", "table"]
+__all__ = ["main", "ratio", "table"]
 
 NOTHING = "–"
 Cell = Callable[[str], str]
+# What the student's perplexity is divided by, and what the quotient says.
+OVER = {
+    BASELINE: "original",
+    "control": "control",
+    "window + sinks": "window + sinks, untrained",
+    "window + sinks, trained": "window + sinks, trained the same way: the state's worth",
+    "student, state off": "itself with the state off",
+}
 
 LEGEND = """\
 Perplexity: with its 95 % interval, bootstrapped over sequences. Tasks: accuracy; in brackets what is kept of the \
@@ -29,7 +38,7 @@ over the original's."""
 
 
 def table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """The table, and below it what its cells hold.
+    """The table, what its cells hold, and the student's perplexity over that of other rows.
 
     Args:
         results: (label, evaluate.json). Columns are those of all results together; a result without one has a dash.
@@ -45,8 +54,46 @@ def table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     written = [["row", *heads], ["---", *["---:"] * len(heads)]]
     written += [[name, *(cells.get(head, NOTHING) for head in heads)] for name, cells in lines]
     notes = dict.fromkeys(note for _, result in results for note in result["notes"])
-    parts = ["\n".join(f"| {' | '.join(cells)} |" for cells in written), LEGEND, *notes]
+    parts = [_lines(written), LEGEND, *notes]
+    quotients = _quotients(results)
+    if quotients:
+        parts += ["Perplexity of the student over that of another row, with a paired 95 % interval:", _lines(quotients)]
     return "\n\n".join(parts) + "\n"
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _quotients(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """A line for each result and row of `OVER` in it, a column for each text and context; nothing without any."""
+    heads: list[str] = []
+    lines: list[tuple[str, dict[str, str]]] = []
+    for label, result in results:
+        for row, name in OVER.items():
+            cells = {}
+            for text, by_context in result["texts"].items():
+                for part in by_context.values():
+                    for found in part["comparisons"]:
+                        if (found["row"], found["against"]) == (STUDENT, row) and row in result["rows"]:
+                            cells[f"{text} at {human_tokens(part['seq_len'])}"] = ratio(found)
+            heads += [head for head in cells if head not in heads]
+            if cells:
+                lines.append((f"{label}, over {name}" if len(results) > 1 else f"over {name}", cells))
+    if not lines:
+        return []
+    start = [["student", *heads], ["---", *["---:"] * len(heads)]]
+    return start + [[name, *(cells.get(head, NOTHING) for head in heads)] for name, cells in lines]
+
+
+def ratio(comparison: dict[str, Any]) -> str:
+    """`0.98 (0.97 to 0.99)`: the quotient of two perplexities by their difference in nats, as far as it is known."""
+    if comparison["nll_difference"] is None:
+        return NOTHING
+    known = f"{exp(comparison['nll_difference']):.3f}"
+    if comparison["ci95"] is None:
+        return known
+    return f"{known} ({' to '.join(f'{exp(end):.3f}' for end in comparison['ci95'])})"
 
 
 def _columns(result: dict[str, Any]) -> dict[str, Cell]:

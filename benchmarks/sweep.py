@@ -21,7 +21,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -166,27 +165,19 @@ def table(result: dict[str, Any]) -> str:
 
 def _against_first(variants: Sequence[dict[str, Any]]) -> str:
     """Perplexity of the variants' students over that of the first one's, on the same tokens."""
+    from linearize.benchmarks.distillation_table import ratio
+
     lines: list[list[str]] = []
     for variant in variants[1:]:
         cells = {}
         for text, by_context in variant["evaluate"]["texts"].items():
             for part in by_context.values():
                 found = [c for c in part["comparisons"] if (c["row"], c["against"]) == (STUDENT, FIRST)]
-                cells[f"{text} at {human_tokens(part['seq_len'])}"] = _ratio(found[0])
+                cells[f"{text} at {human_tokens(part['seq_len'])}"] = ratio(found[0])
         lines = lines or [["student", *cells], ["---", *["---:"] * len(cells)]]
         lines.append([variant["name"], *cells.values()])
     written = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"Perplexity over that of {variants[0]['name']!r}, with a paired 95 % interval:\n\n{written}\n"
-
-
-def _ratio(comparison: dict[str, Any]) -> str:
-    """`1.02 (0.99 to 1.05)` of a difference in nats, as far as it is known."""
-    if comparison["nll_difference"] is None:
-        return "–"
-    known = f"{exp(comparison['nll_difference']):.3f}"
-    if comparison["ci95"] is None:
-        return known
-    return f"{known} ({' to '.join(f'{exp(end):.3f}' for end in comparison['ci95'])})"
 
 
 def _folder(name: str) -> str:

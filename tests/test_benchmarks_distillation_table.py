@@ -1,5 +1,7 @@
 """The table of a distillation: its columns, and cells that were not measured."""
 
+import math
+
 import pytest
 
 from linearize.benchmarks.distillation_table import main, table
@@ -17,8 +19,10 @@ def evaluation(**changes) -> dict:
     return old | new | {"task_mean": None, "kl": None, "generation": None, "tokens_seen": {"original": 0}} | changes
 
 
-def rows_of(text: str) -> list[dict[str, str]]:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+def rows_of(text: str, number: int = 0) -> list[dict[str, str]]:
+    """The lines of the first table, or of another one."""
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[number].splitlines()]
     assert all(len(line) == len(lines[0]) for line in lines)
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
@@ -59,6 +63,30 @@ def test_several_results_have_the_columns_of_all():
     last = found[-1]
     assert [last[head] for head in ("ended", "repeated", "loops", "length")] == ["25 %", "50 %", "12 %", "1.50"]
     assert last["tokens seen"] == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
+
+
+def test_what_the_student_is_compared_with():
+    """One perplexity over another, by their paired difference: also of the row that has the student's near side."""
+    rows = {"original": 3.0, "control": 2.9, "window + sinks, trained": 3.6, "student": 3.4}
+    old = fabricate_evaluation(rows)["perplexity"] | {"seq_len": 1024}
+    result = evaluation(texts={"wiki": {"1024": old}}, rows=[*rows], tasks={}, needle=None)
+    found = {row["student"]: row["wiki at 1k"] for row in rows_of(table([("run", result)]), 1)}
+    assert list(found) == [
+        "over original",
+        "over control",
+        "over window + sinks, trained the same way: the state's worth",
+    ]
+    [worth] = [c for c in old["comparisons"] if (c["row"], c["against"]) == ("student", "window + sinks, trained")]
+    low, high = (math.exp(end) for end in worth["ci95"])
+    assert found["over window + sinks, trained the same way: the state's worth"] == (
+        f"{math.exp(worth['nll_difference']):.3f} ({low:.3f} to {high:.3f})"
+    )
+    assert math.exp(worth["nll_difference"]) == pytest.approx(math.exp(-0.2), rel=1e-3)
+    two = rows_of(table([("a", result), ("b", evaluation())]), 1)
+    assert [row["student"] for row in two][-2:] == [
+        "a, over window + sinks, trained the same way: the state's worth",
+        "b, over original",
+    ]
 
 
 def test_the_command(tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_the_table(finished: Path):
         "| base: student",
         "| No state, a longer stage: student",
     ]
-    [ratio] = [line for line in lines[6:] if line.startswith("| No state, a longer stage")]
+    [ratio] = [line for line in lines[6:] if line.startswith("| No state, a longer stage |")]
     comparisons = json.loads((finished / "sweep.json").read_text())["variants"][1]["evaluate"]["texts"]["saw"]["64"]
     [found] = [c for c in comparisons["comparisons"] if (c["row"], c["against"]) == ("student", FIRST)]
     assert ratio.startswith(f"| No state, a longer stage | {math.exp(found['nll_difference']):.3f} (")
