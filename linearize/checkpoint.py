@@ -68,6 +68,7 @@ def save(
         if hasattr(model, "peft_config"):
             # Only the student's own adapter; and peft must not go looking for the original's config.json.
             model.save_pretrained(path / LORA_FOLDER, selected_adapters=["default"], save_embedding_layers=False)
+            (path / LORA_FOLDER / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         save_file(added_weights(model), path / ADAPTER_WEIGHTS)
         inner = base_model(model)
         geometry = geometry_of(inner.config)

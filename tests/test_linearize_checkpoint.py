@@ -204,6 +204,7 @@ class TestAdapter:
             student = randomize_far(convert(adapted, LinearizeConfig(window=4, sinks=2, mix="gate")))
         save(student, tmp_path, adapter=True)
         assert files(tmp_path) == {"linearize.json", "adapter.safetensors", "lora"}
+        assert files(tmp_path / "lora") == {"adapter_config.json", "adapter_model.safetensors"}
         loaded = load(tmp_path, base=make_model(family), merge=False)
         assert torch.equal(logits(loaded), logits(student))
         with loaded.disable_adapter(), student.disable_adapter():

@@ -81,6 +81,9 @@ class TestRun:
         for name in ALL:
             assert (out / name).exists()
         assert not (out / "control.partial").exists()
+        for name in ("control", "window"):
+            found = sorted(path.name for path in (out / name).iterdir())
+            assert found == ["adapter_config.json", "adapter_model.safetensors"]
         stages = [json.loads(line)["stage"] for line in (out / "train.jsonl").read_text().splitlines()]
         assert stages == ["transfer"] * 3 + ["distill"] * 3 + ["control"] * 3 + ["window"] * 3
 
