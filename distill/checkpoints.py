@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from linearize.distill.disk import writing
 from linearize.errors import LinearizeError
 
-__all__ = ["latest", "restore", "write"]
+__all__ = ["latest", "load_trained", "restore", "write"]
 
+PEFT_PREFIX = "base_model.model."
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -107,6 +108,33 @@ def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
                     key: x.clone() if key == "step" else x.to(parameter.device, copy=True) for key, x in slot.items()
                 }
     return state
+
+
+def load_trained(path: Path, model: nn.Module) -> None:
+    """Take a student back to what it was at a checkpoint of its own training; LoRA of later stages does nothing then.
+
+    Args:
+        path: of the checkpoint.
+        model: the student as it ended, its LoRA not merged.
+
+    Raises:
+        LinearizeError: the checkpoint cannot be read, or holds what the student has not.
+    """
+    try:
+        weights = load_file(path / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise LinearizeError(f"checkpoint {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    # Names from before the first LoRA lack the prefix that peft puts before all.
+    own = {name.removeprefix(PEFT_PREFIX): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if ".lora_B." in name:
+                parameter.zero_()
+        for name, value in weights.items():
+            kept = own.get(name.removeprefix(PEFT_PREFIX))
+            if kept is None or kept.shape != value.shape:
+                raise LinearizeError(f"checkpoint {path}: the student beside it has no {name} of {list(value.shape)}")
+            kept.copy_(value)
 
 
 def _moments(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import torch
 
 from linearize.benchmarks.work import digest_files
 from linearize.convert import base_model
+from linearize.distill.checkpoints import latest, load_trained
 from linearize.errors import LinearizeError
-from linearize.models import load_model, load_weights, resolve
+from linearize.models import ADAPTER_FILE, load_model, load_weights, resolve
 from linearize.rows import CONTROL, WINDOW, Rows
 
 __all__ = ["also_rows", "row_identities", "tokens_seen"]
@@ -25,7 +26,8 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
     """Rows of other students, `NAME=FOLDER` each. One is in memory only while it is measured.
 
     Args:
-        given: a folder holds a student, whole or an adapter, or the LoRA of a control, which goes on the original.
+        given: a folder holds a student, whole or an adapter, or the LoRA of a control, which goes on the original, or
+            is RUN/checkpoints/STAGE: RUN/student, an adapter, as it was after that stage.
         taken: names that rows have already.
         base: the original, for adapters.
         dtype, device: of all rows.
@@ -43,7 +45,13 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
             raise LinearizeError(f"also: there is a row {name!r} already; give {folder!r} another name")
         names.add(name)
         lora = (Path(folder) / PEFT_FILE).is_file()
-        if not lora and resolve(folder).kind not in ("adapter", "student"):
+        if latest(Path(folder)) is not None:
+            student = _student_of(folder)
+            if not student.is_dir() or resolve(str(student)).kind != "adapter":
+                raise LinearizeError(
+                    f"also: the checkpoints in {folder!r} are of the adapter {str(student)!r}, which is not there"
+                )
+        elif not lora and resolve(folder).kind not in ("adapter", "student"):
             raise LinearizeError(f"also: {folder!r} holds neither a student nor a LoRA; give the folder of one")
         if lora and base is None:
             raise LinearizeError(f"also: the LoRA in {folder!r} needs its original; name that with --base")
@@ -56,6 +64,11 @@ def _named_folder(text: str) -> tuple[str, str]:
     return name.strip(), folder.strip()
 
 
+def _student_of(stage: str) -> Path:
+    """RUN/student of RUN/checkpoints/STAGE."""
+    return Path(stage).absolute().parents[1] / "student"
+
+
 def _loader(folder: str, base: str | None, lora: bool, dtype: torch.dtype, device: str) -> Any:
     @contextmanager
     def enter() -> Iterator[Any]:
@@ -63,6 +76,10 @@ def _loader(folder: str, base: str | None, lora: bool, dtype: torch.dtype, devic
             from peft import PeftModel
 
             yield PeftModel.from_pretrained(load_weights(str(base), dtype, device), folder).eval()
+        elif (checkpoint := latest(Path(folder))) is not None:
+            model = load_model(str(_student_of(folder)), dtype, device, base=base, merge=False)[0]
+            load_trained(checkpoint, model)
+            yield model
         else:
             adapter = resolve(folder).kind == "adapter"
             yield load_model(folder, dtype, device, base=base if adapter else None, merge=False)[0]
@@ -127,10 +144,12 @@ def row_identities(
     for row in rows:
         if row == "original":
             found[row] = shared
-        elif row in folders and not (Path(folders[row]) / PEFT_FILE).is_file() and Path(folders[row]).is_dir():
+        elif row in folders and (Path(folders[row]) / ADAPTER_FILE).is_file():
             found[row] = shared | {"student": digest_files(Path(folders[row])), "row": "student"}
         elif row in folders:
             found[row] = shared | {"folder": digest_files(Path(folders[row]))}
+            if latest(Path(folders[row])) is not None:
+                found[row]["student"] = digest_files(_student_of(folders[row]))
         elif row == "window + sinks":
             # The mixer is not used; where it is the only difference, the row is the same one.
             near = {key: conversion[key] for key in ("window", "sinks", "softmax_layers")}

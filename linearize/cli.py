@@ -275,7 +275,10 @@ def evaluate(
         list[str] | None, typer.Option(metavar="ROW", help="A row beside the original; many times; all if left out.")
     ] = None,
     also: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="One more row: a student, or a control's LoRA.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER", help="One more row: a student, a control's LoRA, or a run's checkpoints/STAGE."
+        ),
     ] = None,
     work: Annotated[
         Path | None,

@@ -2,9 +2,18 @@
 
 from pathlib import Path
 
-from linearize import LinearizeConfig, convert
-from linearize.also import row_identities
-from tests.tiny_models import make_model
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linearize import LinearizeConfig, LinearizeError, convert
+from linearize.also import also_rows, row_identities
+from linearize.distill.checkpoints import latest, load_trained
+from linearize.distill.recipe import Recipe
+from linearize.job import Job
+from linearize.models import load_model
+from tests.saved_models import save_tiny_model
+from tests.tiny_models import make_model, make_tokens
 
 
 def put(folder: Path, file: str, text: str) -> Path:
@@ -39,3 +48,56 @@ def test_rows_of_another_run_are_known_again(tmp_path: Path):
     model = convert(make_model("llama"), LinearizeConfig(window=16))
     seen = row_identities(["student", "first", "its control"], model, "original", str(runs[1] / "student"), None, also)
     assert seen == {"student": two["student"], "first": one["student"], "its control": one["control"]}
+
+
+class TestCheckpoints:
+    """RUN/checkpoints/STAGE is the student as it was after that stage."""
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("also")
+        save_tiny_model(folder / "original")
+        (folder / "text.txt").write_text("\n".join(f"{number}. They keep what they saw.\n" for number in range(300)))
+        stage = {"budget": {"steps": 2}, "lr": 0.05}
+        values = {
+            "name": "run",
+            "model": str(folder / "original"),
+            "convert": {"window": 8, "sinks": 2},
+            "data": {"sources": [{"kind": "text", "path": str(folder / "text.txt")}], "seq_len": 64},
+            "stages": [{"transfer": stage}, *([{"distill": stage | {"lora_rank": 2}}] * 2)],
+            "dtype": "float32",
+        }
+        Job(Recipe.from_dict(values), folder / "run").run(["student"])
+        return folder / "run"
+
+    def logits(self, folder: Path, base: Path) -> torch.Tensor:
+        (enter,) = also_rows([f"row={folder}"], [], str(base), torch.float32, "cpu").values()
+        with enter() as model, torch.no_grad():
+            return model(input_ids=make_tokens(1, 64) % 40).logits
+
+    def test_each_stage(self, run: Path) -> None:
+        base = run.parent / "original"
+        student = self.logits(run / "student", base)
+        after = {
+            stage: self.logits(run / "checkpoints" / stage, base) for stage in ("transfer", "distill", "distill-2")
+        }
+        assert torch.equal(after["distill-2"], student)
+        assert not torch.allclose(after["distill"], student, atol=1e-3)
+        # After transfer there was no LoRA: the original's weights and the mixers of that moment.
+        model, _ = load_model(str(base), torch.float32, "cpu")
+        convert(model, LinearizeConfig(window=8, sinks=2))
+        [weights] = (run / "checkpoints/transfer").glob("*/weights.safetensors")
+        assert not model.load_state_dict(load_file(weights), strict=False).unexpected_keys
+        with torch.no_grad():
+            expected = model.eval()(input_ids=make_tokens(1, 64) % 40).logits
+        torch.testing.assert_close(after["transfer"], expected)
+
+    def test_of_another_student(self, run: Path, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "checkpoints").symlink_to(run / "checkpoints")
+        stage = tmp_path / "run" / "checkpoints" / "transfer"
+        with pytest.raises(LinearizeError, match=r"are of the adapter '.*run/student', which is not there"):
+            also_rows([f"row={stage}"], [], None, torch.float32, "cpu")
+        other = convert(make_model("llama", num_hidden_layers=1), LinearizeConfig(window=8, feature_dim=8))
+        with pytest.raises(LinearizeError, match=r"the student beside it has no model.layers.0.self_attn.m.* of \["):
+            load_trained(latest(stage), other)
