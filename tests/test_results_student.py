@@ -1,0 +1,59 @@
+"""The trained student that comes with the sources still loads and still is what its README says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize import original_attention
+from linearize.convert import base_model, state_off
+from linearize.distill.data import build_stream
+from linearize.distill.logit_losses import kl_divergence
+from linearize.distill.options import DataOptions, Source
+from linearize.models import load_model
+from linearize.rows import untrained
+
+pytestmark = pytest.mark.skipif(
+    not (Path(__file__).resolve().parents[1] / "benchmarks/results").is_dir(), reason="results are not in the sdist"
+)
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "smollm2"
+
+
+@pytest.fixture(scope="module")
+def student():
+    pytest.importorskip("gguf")
+    return load_model(RESULTS / "student-25", torch.float32, "cpu", merge=False)
+
+
+def test_it_is_near_its_original_by_its_state(student) -> None:
+    """KL to the original on a text that neither was trained on here; without its state the student is further off."""
+    model, tokenizer = student
+    text = DataOptions(sources=(Source(kind="pydoc"),), seq_len=512)
+    row = next(build_stream(text, tokenizer, 0))["input_ids"]
+    with torch.no_grad():
+        with untrained(model, original_attention):
+            original = model(input_ids=row, use_cache=False).logits.flatten(0, 1)
+        said = model(input_ids=row, use_cache=False).logits.flatten(0, 1)
+        with state_off(model):
+            stateless = model(input_ids=row, use_cache=False).logits.flatten(0, 1)
+        divergence = {
+            name: float(kl_divergence(logits, original, None, 1.0).mean())
+            for name, logits in {"student": said, "state off": stateless}.items()
+        }
+    assert 0 < divergence["student"] < 0.2
+    assert divergence["student"] < divergence["state off"]
+
+
+def test_it_is_small_and_knows_no_folder_of_its_maker() -> None:
+    files = [path for path in (RESULTS / "student-25").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    for path in files:
+        if path.suffix in (".json", ".md", ".yaml"):
+            text = path.read_text(encoding="utf-8")
+            assert not [place for place in ("/tmp/", "/home/", "/root/", "/work/") if place in text], path
+
+
+def test_its_layers_are_those_of_its_recipe(student) -> None:
+    from linearize.distill.recipe import load_recipe
+
+    assert base_model(student[0]).config.linearize == load_recipe(RESULTS / "student-25.yaml").convert.to_dict()
