@@ -75,7 +75,7 @@ def _quotients(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]
             for text, by_context in result["texts"].items():
                 for part in by_context.values():
                     for found in part["comparisons"]:
-                        if (found["row"], found["against"]) == (STUDENT, row) and row in result["rows"]:
+                        if (found["row"], found["against"]) == (STUDENT, row):
                             cells[f"{text} at {human_tokens(part['seq_len'])}"] = ratio(found)
             heads += [head for head in cells if head not in heads]
             if cells:

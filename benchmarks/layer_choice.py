@@ -33,6 +33,7 @@ from linearize.distill.data import TokenStream, build_stream
 from linearize.distill.logit_losses import kl_divergence
 from linearize.distill.options import DataOptions, Source
 from linearize.distill.selection import (
+    ROWS_AT_ONCE,
     Facts,
     draw_facts,
     lazy_scores,
@@ -73,29 +74,41 @@ def bench_layer_choice(
 
     Returns:
         JSON-able; the module's docstring has the keys, of which `model` and `dtype` are the caller's to add.
+
+    Raises:
+        LinearizeError: no rows, gaps that the window spans, or so little text that a part would be read twice.
     """
     start = time.perf_counter()
+    if rows < 1:
+        raise LinearizeError(f"rows: {rows} is out of range; give a value at least 1")
     config = next(iter(converted_layers(model).values())).linearize_config
+    if min(gaps) < 2 * config.window:
+        raise LinearizeError(
+            f"window: {config.window} reaches over up to {2 * config.window - 1} tokens, recall is judged over gaps of "
+            f"{', '.join(map(str, gaps))}; use a smaller window"
+        )
     texts = [next(stream)["input_ids"] for _ in range(rows)]
     facts = draw_facts(tokenizer, stream, [stream.seq_len // (1 + number % 2) for number in range(rows)], seed)
+    judged = [next(stream)["input_ids"] for _ in range(rows)]
+    asked = draw_facts(tokenizer, stream, gaps, seed + 1)
+    if any(position[0] for position in stream.state_dict()["positions"]):
+        raise LinearizeError(
+            "text: it ends before everything is drawn, and would be judged on what was scored; give more"
+        )
     scores = {
         "lazy": lazy_scores(model, texts),
         "swap": swap_scores(model, texts),
         "recall": recall_scores(model, facts),
     }
-    judged = [next(stream)["input_ids"] for _ in range(rows)]
-    asked = draw_facts(tokenizer, stream, gaps, seed + 1)
     layers = sorted(converted_layers(model))
     choices: dict[str, list[tuple[int, ...]]] = {ALL: [tuple(layers)], NONE: [()]}
     for count in counts:
         choices.setdefault("uniform", []).append(uniform_layers(layers, count))
         for by, of_layers in scores.items():
             choices.setdefault(by, []).append(choose_layers(of_layers, count))
-    found = [
-        {"by": by, "kept": list(kept)} | _judge(model, [x for x in layers if x not in kept], judged, asked)
-        for by, lists in choices.items()
-        for kept in lists
-    ]
+    kept = [(by, kept) for by, lists in choices.items() for kept in lists]
+    judgements = _judge(model, [[x for x in layers if x not in of] for _, of in kept], judged, asked)
+    found = [{"by": by, "kept": list(of)} | judgement for (by, of), judgement in zip(kept, judgements, strict=True)]
     return {
         "kind": KIND,
         "schema": 1,
@@ -113,25 +126,29 @@ def bench_layer_choice(
 
 @torch.no_grad()
 def _judge(
-    model: Any, converted: Sequence[int], rows: Sequence[torch.Tensor], facts: Sequence[Facts]
-) -> dict[str, Any]:
-    """KL on rows and recall on facts of the model with only these layers converted."""
+    model: Any, choices: Sequence[Sequence[int]], rows: Sequence[torch.Tensor], facts: Sequence[Facts]
+) -> list[dict[str, Any]]:
+    """For each choice of converted layers, KL on rows and recall on facts."""
     device = base_model(model).device
-    divergence, tokens = 0.0, 0
+    divergences = [0.0] * len(choices)
     for row in rows:
         with original_attention(model):
             taught = model(input_ids=row.to(device), use_cache=False).logits.flatten(0, 1)
-        with only_converted(model, converted):
-            said = model(input_ids=row.to(device), use_cache=False).logits.flatten(0, 1)
-        divergence += float(kl_divergence(said, taught, None, 1.0).sum())
-        tokens += row.numel()
-    recall = []
-    for text in facts:
-        with only_converted(model, converted):
-            likeliest = model(input_ids=text.tokens.to(device), use_cache=False).logits[0].argmax(-1).cpu()
-        where = torch.tensor([position for answer in text.answers for position in answer])
-        recall.append(float((likeliest[where - 1] == text.tokens[0, where]).float().mean()))
-    return {"kl": divergence / tokens, "recall": recall}
+        for number, converted in enumerate(choices):
+            with only_converted(model, converted):
+                said = model(input_ids=row.to(device), use_cache=False).logits.flatten(0, 1)
+            parts = zip(said.split(ROWS_AT_ONCE), taught.split(ROWS_AT_ONCE), strict=True)
+            divergences[number] += sum(float(kl_divergence(*part, None, 1.0).sum()) for part in parts)
+    judgements = []
+    for converted, divergence in zip(choices, divergences, strict=True):
+        recall = []
+        for text in facts:
+            with only_converted(model, converted):
+                likeliest = model(input_ids=text.tokens.to(device), use_cache=False).logits[0].argmax(-1).cpu()
+            where = torch.tensor([position for answer in text.answers for position in answer])
+            recall.append(float((likeliest[where - 1] == text.tokens[0, where]).float().mean()))
+        judgements.append({"kl": divergence / sum(row.numel() for row in rows), "recall": recall})
+    return judgements
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from linearize.benchmarks.evaluate import BASELINE
+from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.files import write_json, write_text
 from linearize.console import human_tokens, note
 from linearize.distill.options import EvaluateOptions
@@ -37,7 +37,6 @@ from linearize.errors import LinearizeError
 __all__ = ["KIND", "Sweep", "load_sweep", "main", "run_sweep", "table"]
 
 KIND = "linearize.sweep"
-STUDENT = "student"
 FIRST = "student of the first variant"  # as a row beside the other variants'
 
 
@@ -91,6 +90,9 @@ def load_sweep(path: str | Path) -> Sweep:
             load_recipe(sweep.recipe, (*sweep.settings, *settings))
         except LinearizeError as error:
             raise LinearizeError(f"{file}: variants: {name!r}: {error}") from None
+    for key, rows in (("rows", sweep.rows), ("base_rows", sweep.base_rows)):
+        if STUDENT not in rows:
+            raise LinearizeError(f"{file}: {key}: {list(rows)} lack {STUDENT!r}, which all variants are compared by")
     return sweep
 
 
@@ -119,6 +121,7 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = {"kind": KIND, "schema": 1, "recipe": sweep.recipe, "variants": []}
     also: list[str] = []
+    seed = load_recipe(sweep.recipe, sweep.settings).seed  # of questions and needles: the same for all
     for number, (name, settings) in enumerate(sweep.variants.items(), 1):
         note(f"[{number}/{len(sweep.variants)}] {name}")
         folder = out / _folder(name)
@@ -133,7 +136,7 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
             folder / "evaluate.json",
             recipe.dtype,
             None,
-            recipe.seed,
+            seed,
             rows=[*(row for row in rows if row != BASELINE), *([FIRST] if also else [])],
             also=also,
             # The original and the first variant's student are the same for all: measured once.

@@ -36,7 +36,13 @@ def digest(value: Any) -> str:
 
 
 def digest_files(folder: Path) -> str:
-    """The same for what a folder holds, by its files' contents, those of large ones by size and time."""
+    """The same for what a folder holds, by its files' contents, those of large ones by size and time.
+
+    Raises:
+        FileNotFoundError: there is no such folder: all of those would have one digest.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     hashed = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         stat = path.stat()
@@ -65,14 +71,18 @@ class Work:
         return self.folder / f"{slug}-{digest(key)}.json", key
 
     def read(self, row: str, measurement: str, settings: Any) -> Measured | None:
-        """What was measured before, or None. A file that cannot be read counts as not measured."""
-        path, key = self._place(row, measurement, settings)
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        # JSON turns tuples into lists; the digest has done so too.
-        return Measured(held["outcome"], held["seconds"]) if digest(held["key"]) == digest(key) else None
+        """What was measured before, under this row's name or another's, or None. A file that cannot be read counts as
+        not measured."""
+        _, key = self._place(row, measurement, settings)
+        for path in self.folder.glob(f"*-{digest(key)}.json"):
+            try:
+                held = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            # JSON turns tuples into lists; the digest has done so too.
+            if digest(held["key"]) == digest(key):
+                return Measured(held["outcome"], held["seconds"])
+        return None
 
     def write(self, row: str, measurement: str, settings: Any, measured: Measured) -> None:
         """Keep a measurement, atomically. Its file may hold NaN, which only Python's JSON reads."""

@@ -126,6 +126,11 @@ def load_trained(path: Path, model: nn.Module) -> None:
         raise LinearizeError(f"checkpoint {path}: cannot be read ({str(error).splitlines()[0]})") from None
     # Names from before the first LoRA lack the prefix that peft puts before all.
     own = {name.removeprefix(PEFT_PREFIX): parameter for name, parameter in model.named_parameters()}
+    held = {name.removeprefix(PEFT_PREFIX) for name in weights}
+    if any(".mixer." in name or ".mix." in name for name in own.keys() - held):
+        raise LinearizeError(
+            f"checkpoint {path}: its stage left mixers or mixes as they were (mixer_lr: 0), and does not hold them"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             if ".lora_B." in name:

@@ -1,5 +1,6 @@
 """Rows of a comparison that come from folders of their own, loaded when their turn comes, and what identifies a row."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,11 +47,7 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
         names.add(name)
         lora = (Path(folder) / PEFT_FILE).is_file()
         if latest(Path(folder)) is not None:
-            student = _student_of(folder)
-            if not student.is_dir() or resolve(str(student)).kind != "adapter":
-                raise LinearizeError(
-                    f"also: the checkpoints in {folder!r} are of the adapter {str(student)!r}, which is not there"
-                )
+            _check_stage(folder)
         elif not lora and resolve(folder).kind not in ("adapter", "student"):
             raise LinearizeError(f"also: {folder!r} holds neither a student nor a LoRA; give the folder of one")
         if lora and base is None:
@@ -61,7 +58,22 @@ def also_rows(given: Iterable[str], taken: Iterable[str], base: str | None, dtyp
 
 def _named_folder(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
-    return name.strip(), folder.strip()
+    # Quotes keep a shell from doing it; a hub's name has no such beginning.
+    return name.strip(), os.path.expanduser(folder.strip())
+
+
+def _check_stage(folder: str) -> None:
+    """Raise unless these are checkpoints of a stage that an adapter beside them can be taken back to."""
+    student, role = _student_of(folder), Path(folder).name.split("-")[0]
+    if role in BESIDE.values():
+        raise LinearizeError(f"also: {folder!r} is no stage of the student; give {str(student.with_name(role))!r}")
+    if not student.is_dir():
+        raise LinearizeError(f"also: the checkpoints in {folder!r} are of {str(student)!r}, which is not there")
+    if resolve(str(student)).kind != "adapter":
+        raise LinearizeError(
+            f"also: {folder!r} holds a part of the whole student {str(student)!r}; only an adapter can be taken back "
+            "to a checkpoint"
+        )
 
 
 def _student_of(stage: str) -> Path:
@@ -102,24 +114,30 @@ def tokens_seen(rows: Iterable[str], run: Path | None, also: Iterable[str] = ())
             found[row] = 0
             continue
         folder = folders.get(row)
-        if folder is not None:
+        until = None
+        if folder is not None and latest(Path(folder)) is not None:
+            log, role, until = _student_of(folder).with_name(TRAIN_LOG), "student", Path(folder).name
+        elif folder is not None:
             log, role = Path(folder).parent / TRAIN_LOG, Path(folder).name
         elif run is not None:
             log, role = run / TRAIN_LOG, BESIDE.get(row, "student")
         else:
             continue
         if log.is_file():
-            found[row] = _logged_tokens(log, role)
+            found[row] = _logged_tokens(log, role, until)
     return found
 
 
-def _logged_tokens(log: Path, role: str) -> int:
-    """Tokens of all stages of one role: a stage's last line has its sum, and `control-2` is the control's second."""
+def _logged_tokens(log: Path, role: str, until: str | None = None) -> int:
+    """Tokens of all stages of one role, or of those up to one: a stage's last line has its sum, and `control-2` is the
+    control's second."""
     from linearize.benchmarks.report import read_train_log
 
     last = {str(record["stage"]): int(record["tokens"]) for record in read_train_log(log)}
     firsts = {stage: stage.split("-")[0] for stage in last}
     mine = [stage for stage, first in firsts.items() if (first if first in BESIDE.values() else "student") == role]
+    if until in mine:
+        mine = mine[: mine.index(until) + 1]
     return sum(last[stage] for stage in mine)
 
 

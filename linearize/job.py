@@ -324,7 +324,6 @@ class Job:
         with writing(final, size, partial):
             # peft puts a named adapter into a folder of its own inside the given one, beside files we do not want.
             model.save_pretrained(partial, selected_adapters=[role], save_embedding_layers=False)
-            (partial / role / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial / role, final)
             shutil.rmtree(partial)

@@ -56,8 +56,8 @@ def test_a_choice_is_judged_by_the_model_that_it_makes(place, found):
     """KL of the model converted with that list, over rows that no score has seen."""
     tokenizer = load_tokenizer(str(place / "original"))
     stream = make_stream(place, tokenizer)
-    fillers = [1 + (sum(gap + 16 * 5 for gap in gaps)) // LENGTH for gaps in ((64, 32), (20, 90))]
-    for _ in range(2 + fillers[0]):
+    filler = 1 + sum(gap + 16 * 5 for gap in (64, 32)) // LENGTH
+    for _ in range(2 + filler):
         next(stream)
     rows = [next(stream)["input_ids"] for _ in range(2)]
     original, _ = load_model(str(place / "original"), torch.float32)
@@ -81,7 +81,7 @@ def test_recall_is_the_share_of_digits_that_come_first(found, monkeypatch):
     from linearize.benchmarks import layer_choice
 
     class Copies(torch.nn.Module):
-        """Puts the next token of `text` first in its logits, but at every other answer."""
+        """Puts the next token of `text` first in its logits, but at one answer of four."""
 
         device = torch.device("cpu")
 
@@ -95,8 +95,11 @@ def test_recall_is_the_share_of_digits_that_come_first(found, monkeypatch):
     monkeypatch.setattr(layer_choice, "only_converted", nothing)
     monkeypatch.setattr(layer_choice, "original_attention", nothing)
     monkeypatch.setattr(layer_choice, "base_model", lambda model: model)
-    model = Copies()
-    assert layer_choice._judge(model, [], [torch.zeros(1, 8, dtype=torch.long)], [text])["recall"] == [0.75]
+    model, rows = Copies(), [torch.zeros(1, 8, dtype=torch.long)]
+    assert [judgement["recall"] for judgement in layer_choice._judge(model, [[], [1]], rows, [text])] == [
+        [0.75],
+        [0.75],
+    ]
 
 
 def test_the_command(place, capsys):
@@ -112,6 +115,19 @@ def test_the_command(place, capsys):
     assert printed[-1].startswith("| 0 | none |  | ")
 
 
-def test_mistakes(place, capsys):
-    with pytest.raises(SystemExit, match="error: keep: "):
-        main([str(place / "original"), "--text", str(place / "text.txt"), "--keep", "lots"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "lots"], "error: keep: "),
+        (["--rows", "0"], "error: rows: 0 is out of range"),
+        (
+            ["--window", "512"],
+            "error: window: 512 reaches over up to 1023 tokens, recall is judged over gaps",
+        ),
+        (["--seq-len", "2048", "--rows", "30"], "error: text: it ends before everything is drawn"),
+    ],
+)
+def test_mistakes(place, words, message):
+    text = ["--text", str(place / "text.txt"), "--dtype", "float32", "--window", "8"]
+    with pytest.raises(SystemExit, match=message):
+        main([str(place / "original"), *text, *words])

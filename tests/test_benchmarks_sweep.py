@@ -107,6 +107,7 @@ def test_a_stopped_sweep_goes_on(place: Path, finished: Path, monkeypatch, tmp_p
         ),
         ({"recipe": "demmo"}, "'demmo': unknown, did you mean 'demo'"),
         ({"rwos": []}, "rwos: unknown key, did you mean 'rows'"),
+        ({"rows": ["student, state off"]}, r"rows: \['student, state off'\] lack 'student', which all variants"),
         ({"evaluate": {"tokens": 1}}, "tokens: 1 is out of range"),
     ],
 )
@@ -118,6 +119,22 @@ def test_mistakes_show_before_anything_is_trained(place: Path, changes, message)
 def test_no_file(tmp_path: Path):
     with pytest.raises(LinearizeError, match=r"nowhere.yaml: no such file"):
         load_sweep(tmp_path / "nowhere.yaml")
+
+
+def test_another_seed_trains_otherwise_and_is_asked_the_same(place: Path, tmp_path: Path):
+    """Needles are drawn by the recipe's seed for all, and the first student is not measured a second time."""
+    evaluate = yaml.safe_load(write(place).read_text())["evaluate"] | {"needle_lengths": [100]}
+    sweep = load_sweep(
+        write(place, variants={"base": [], "seed": ["seed=1"]}, evaluate=evaluate, base_rows=["student"])
+    )
+    variants = run_sweep(sweep, tmp_path)["variants"]
+    one, two = (variant["evaluate"] for variant in variants)
+    assert one["needle"]["rows"]["original"] == two["needle"]["rows"]["original"]
+    assert one["needle"]["rows"]["student"] == two["needle"]["rows"][FIRST]
+    nll = [result["perplexity"]["rows"]["student"]["nll"] for result in (one, two)]
+    assert nll[0] != nll[1]
+    names = [path.name for path in (tmp_path / "measurements").glob("needle*")]
+    assert len(names) == 3, names
 
 
 def test_a_variant_named_twice(tmp_path):

