@@ -207,6 +207,7 @@ def distill_losses(
             kl_weight=options.kl_weight * kl_share,
             ce_weight=options.ce_weight * ce_share,
             temperature=options.temperature,
+            overwrite=True,  # half of what a large vocabulary takes
         )
         shares = {"kl": kl_share, "ce": ce_share}
         yield {"loss": loss} | {key: x * shares[key] for key, x in terms.items()}

@@ -2,7 +2,8 @@
 
 Autograd would keep float32 copies of (tokens, vocabulary) tensors alive, or compute them twice. Here a few rows at a
 time are compared with the teacher and turned into d loss / d logits at once, so what remains is one tensor of the size
-and dtype of the logits. With q the student's probabilities at temperature tau, p the teacher's:
+and dtype of the logits, on request in their own place. With q the student's probabilities at temperature tau, p the
+teacher's:
 
     KL(p || q) tau^2                       d/dz_j = tau (q_j - p_j)
     over the k listed tokens and the rest  d/dz_j = tau (q_j - p_j)               j listed
@@ -41,6 +42,7 @@ def logit_losses(
     kl_weight: float | Tensor = 1.0,
     ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
+    overwrite: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """kl_weight * `kl` + ce_weight * `ce`, and both terms detached.
 
@@ -54,6 +56,9 @@ def logit_losses(
         tokens: (N,) the next tokens; None leaves the cross-entropy out.
         scored: (N,) bool, rows whose token counts; None is all.
         kl_weight, ce_weight, temperature: as above.
+        overwrite: where logits ask for a gradient, it takes their place in memory: nobody may read them afterwards.
+
+    The gradient is there once: a second backward pass raises a RuntimeError.
 
     Returns:
         The loss, a float32 scalar, and `{"kl": ..., "ce": ...}` with the terms that there are.
@@ -63,7 +68,13 @@ def logit_losses(
     compared = nothing if teacher is None else every if compared is None else compared
     scored = nothing if tokens is None else every if scored is None else scored
     weights = kl_weight, ce_weight, temperature
-    total, kl, ce = _LogitLosses.apply(logits, teacher, compared, tokens, scored, weights)
+    # Asked for here: inside of a Function gradients are off, and its inputs ask for one all the same.
+    place = None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        # Detached, so that autograd does not take it for a change of what earlier operations gave. They need their
+        # inputs, and their outputs only where these are bounded, as before a soft cap's last product.
+        place = logits.detach() if overwrite else torch.zeros_like(logits)
+    total, kl, ce = _LogitLosses.apply(logits, place, teacher, compared, tokens, scored, weights)
     terms = {"kl": kl} if teacher is not None else {}
     return total, terms | ({"ce": ce} if tokens is not None else {})
 
@@ -103,12 +114,13 @@ def rows_of(teacher: Tensor | Listed | None, rows: Tensor) -> Any:
 
 
 class _LogitLosses(torch.autograd.Function):
-    """(loss, kl, ce); the first has the gradient, computed on the way forward."""
+    """(loss, kl, ce); the first has the gradient, computed on the way forward into a place that is given."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
+        gradient: Tensor | None,
         teacher: Tensor | Listed | None,
         compared: Tensor,
         tokens: Tensor | None,
@@ -116,7 +128,6 @@ class _LogitLosses(torch.autograd.Function):
         weights: tuple[float | Tensor, float | Tensor, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         kl_weight, ce_weight, temperature = weights
-        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         kl_share = compared.float() / compared.sum().clamp_min(1)
         ce_share = scored.float() / scored.sum().clamp_min(1)
         kl, ce = (torch.zeros((), dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -135,13 +146,18 @@ class _LogitLosses(torch.autograd.Function):
                 slope.add_(log_q.exp_().mul_(share)).scatter_add_(-1, wanted, -share)
             if gradient is not None:
                 gradient[rows] = slope.to(gradient.dtype)
+        if gradient is not None:
+            gradient[~(compared | scored)] = 0
         ctx.gradient = gradient
         ctx.mark_non_differentiable(kl, ce)
         return kl_weight * kl + ce_weight * ce, kl, ce
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("logit_losses: the gradient has been used; compute the loss again")
+        return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None, None, None, None
 
 
 def _divergence(z: Tensor, teacher: Tensor | Listed, temperature: float) -> tuple[Tensor, Tensor]:

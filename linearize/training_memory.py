@@ -12,8 +12,8 @@ heads of size D, F features, W window, L = S + 2 W, V vocabulary, P processes. A
     gathered  FSDP2: two decoder layers whole, the one that computes and the next
     kept      what autograd keeps of all layers from forward to backward: `_kept_bytes` a token and layer
               with checkpointing e h a token and layer, the layers' inputs
-    logits    3 e V a token, student's, teacher's and their gradient (with top_k no teacher's), and the larger of
-              9 * 4 V for each of 128 rows, the loss, and e V a token and the head's gradient, the backward pass's start
+    logits    2 e V a token, student's, which become their gradient, and teacher's (with top_k only the student's), and
+              the larger of 9 * 4 V for each of 128 rows, the loss, and the head's gradient, the backward pass's start
     layer     gradients inside of one layer, 2 e I or those of the attention; with checkpointing its `_kept_bytes` too
     update    8 + e bytes for the largest trained parameter: sums of gradients, Adam's temporaries
 
@@ -40,7 +40,7 @@ __all__ = ["BACKENDS", "StageMemory", "TrainingMemory", "training_memory"]
 BACKENDS = ("triton", "torch")
 FLOAT = 4  # bytes of float32: the state, LoRA, gradients and Adam's moments have it whatever the model's dtype
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LOGIT_COPIES = 4  # tensors of the size and dtype of a batch's logits, see linearize.distill.end_to_end
+LOGIT_COPIES = 2  # tensors of the size and dtype of a batch's logits, see linearize.distill.end_to_end
 ROWS_AT_ONCE = 128  # of logits in float32, see linearize.distill.logit_losses
 ROW_COPIES = 9  # float32 tensors of those rows at a time
 FUSED = 128  # up to this head_dim and feature_dim the Triton kernels make hedgehog's features themselves
@@ -275,7 +275,7 @@ class _Setting:
         copies = LOGIT_COPIES - (self.top_k is not None)
         rows = ROW_COPIES * FLOAT * s.vocab * min(ROWS_AT_ONCE, self.tokens)
         head = self._update_bytes(s.vocab * s.hidden) if full else 0
-        logits = max((copies - 1) * batch + rows, copies * batch + head)
+        logits = copies * batch + max(rows, head)
         stage = "distill, full" if full else "distill, lora"
         sizes = {"kept": self.tokens * kept, "logits": logits, "layer": self.tokens * layer}
         return self._stage(stage, full, checkpointing, **sizes)

@@ -60,11 +60,11 @@ def test_what_the_prose_says_fits(found):
     whole, divided = found["whole"], found["divided"]
     assert column(whole, "transfer")["32B"] < room
     lora = column(whole, "LoRA, checkpointing")
-    assert lora["14B"] < room < lora["32B"]
+    assert lora["14B"] < 80 * 0.8 - 1 < lora["32B"] < room < lora["70B"]
     assert column(whole, "transfer")["70B"] > room > column(divided, "LoRA, checkpointing")["70B"]
     config = scaling_page.training_memory(model_config("32B"), scaling_page.CONFIG, seq_len=1024, batch_size=4)
     (fewer,) = [s.total for s in config.stages if s.stage == "distill, lora" and s.checkpointing]
-    assert fewer / 2**30 < room
+    assert fewer / 2**30 < lora["32B"] - 4
 
 
 def test_the_page_has_launch_lines():

@@ -164,6 +164,46 @@ class TestOnePass:
         kl_divergence(wide, wanted, top_k, 1.0).mean().backward()
         torch.testing.assert_close(mine.grad.float(), wide.grad, rtol=1e-2, atol=1e-6)
 
+    @pytest.mark.parametrize("capped", [False, True])
+    def test_the_gradient_takes_the_logits_place(self, capped):
+        """Also behind a head, and behind a soft cap, whose backward pass reads what it gave before the last product."""
+        mine, wanted, tokens = self.make()
+        head = torch.randn(VOCAB, VOCAB, requires_grad=True)
+        compared, scored = torch.rand(2, self.ROWS) < 0.6
+        found = {}
+        for overwrite in (False, True):
+            logits = mine.view(2, -1, VOCAB) @ head
+            logits = 3 * torch.tanh(logits / 3) if capped else logits
+            place, before = logits.data_ptr(), logits.detach().clone()
+            loss, terms = logit_losses(
+                logits.flatten(0, 1),
+                teacher=wanted,
+                compared=compared,
+                tokens=tokens,
+                scored=scored,
+                ce_weight=0.5,
+                overwrite=overwrite,
+            )
+            assert logits.data_ptr() == place
+            assert torch.equal(logits, before) != overwrite
+            found[overwrite] = [loss, terms["kl"], terms["ce"], *torch.autograd.grad(3 * loss, [mine, head])]
+        for plain, overwritten in zip(found[False], found[True], strict=True):
+            assert torch.equal(plain, overwritten)
+
+    def test_a_second_backward_pass_is_refused(self):
+        mine, wanted, _ = self.make()
+        loss, _ = logit_losses(mine, teacher=wanted)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="logit_losses: the gradient has been used; compute the loss again"):
+            loss.backward()
+
+    def test_without_gradient_nothing_is_overwritten(self):
+        mine, wanted, _ = self.make()
+        before = mine.detach().clone()
+        with torch.no_grad():
+            logit_losses(mine, teacher=wanted, overwrite=True)
+        assert torch.equal(mine, before)
+
     def test_nothing_is_kept_without_gradient(self):
         mine, wanted, _ = self.make()
         with torch.no_grad():
