@@ -72,7 +72,8 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         caught.append(args[0])
-        return (args[0][:, -1:],)
+        # Contiguous: PyTorch multiplies a strided slice by a copy of the head's weight for each row of the batch.
+        return (args[0][:, -1:].contiguous(),)
 
     head = output_head(model)
     handle = head.register_forward_pre_hook(keep)
@@ -80,7 +81,8 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
         last = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    if len(caught) != 1 or not torch.allclose(head(caught[0][:, -1:]).to(last.dtype), last, equal_nan=True):
+    again = head(caught[0][:, -1:].contiguous()) if caught else last
+    if len(caught) != 1 or not torch.allclose(again.to(last.dtype), last, equal_nan=True):
         raise LinearizeError(
             f"model: the logits of {type(base_model(model)).__name__} are not what its output embedding gives; "
             "evaluation needs a model without a function after it"
