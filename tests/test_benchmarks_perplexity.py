@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.benchmarks import perplexity as module
+from linearize.benchmarks.inference import hidden_states, inference, output_head
 from linearize.benchmarks.perplexity import (
     cut_sequences,
     perplexity,
@@ -15,6 +16,8 @@ from linearize.benchmarks.perplexity import (
 )
 from linearize.benchmarks.resampling import interval, mean_interval
 from linearize.errors import LinearizeError
+from tests.memory_tally import tally
+from tests.tiny_models import make_model, make_tokens
 
 
 @pytest.fixture
@@ -183,3 +186,12 @@ def test_intervals_repeat_with_their_seed():
 
 def test_no_interval_where_its_end_is_not_finite():
     assert interval(lambda index: torch.where(index[:, 0] == 0, torch.nan, 1.0), 4) is None
+
+
+def test_hidden_states_of_a_batch_copy_no_weight():
+    """Given a strided slice, PyTorch multiplies each row of a batch by a copy of the head's weight of its own."""
+    model = make_model("llama", vocab_size=8000)
+    weight = output_head(model).weight.nbytes
+    with inference(model):
+        peak = tally(lambda: hidden_states(model, make_tokens(16, 12))).peak
+    assert peak < weight
