@@ -16,7 +16,7 @@ from linearize.benchmarks.items import named_path
 from linearize.console import human_tokens
 from linearize.errors import LinearizeError
 
-__all__ = ["main", "ratio", "table"]
+__all__ = ["grid", "main", "ratios", "table"]
 
 NOTHING = "–"
 Cell = Callable[[str], str]
@@ -43,50 +43,45 @@ def table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     Args:
         results: (label, evaluate.json). Columns are those of all results together; a result without one has a dash.
     """
-    heads: list[str] = []
     lines: list[tuple[str, dict[str, str]]] = []
+    quotients: list[tuple[str, dict[str, str]]] = []
     for label, result in results:
         columns = _columns(result)
-        heads += [head for head in columns if head not in heads]
         for row in result["rows"]:
             name = f"{label}: {row}" if len(results) > 1 else row
             lines.append((name, {head: cell(row) for head, cell in columns.items()}))
-    written = [["row", *heads], ["---", *["---:"] * len(heads)]]
-    written += [[name, *(cells.get(head, NOTHING) for head in heads)] for name, cells in lines]
+        for row, what in OVER.items():
+            name = f"{label}, over {what}" if len(results) > 1 else f"over {what}"
+            if cells := ratios(result, row):
+                quotients.append((name, cells))
     notes = dict.fromkeys(note for _, result in results for note in result["notes"])
-    parts = [_lines(written), LEGEND, *notes]
-    quotients = _quotients(results)
+    parts = [grid("row", lines), LEGEND, *notes]
     if quotients:
-        parts += ["Perplexity of the student over that of another row, with a paired 95 % interval:", _lines(quotients)]
+        told = "Perplexity of the student over that of another row, with a paired 95 % interval:"
+        parts += [told, grid("student", quotients)]
     return "\n\n".join(parts) + "\n"
 
 
-def _lines(cells: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+def grid(corner: str, lines: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """A Markdown table: a line for each (name, head -> cell), the columns of all lines together."""
+    heads = list(dict.fromkeys(head for _, cells in lines for head in cells))
+    written = [[corner, *heads], ["---", *["---:"] * len(heads)]]
+    written += [[name, *(cells.get(head, NOTHING) for head in heads)] for name, cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
 
 
-def _quotients(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
-    """A line for each result and row of `OVER` in it, a column for each text and context; nothing without any."""
-    heads: list[str] = []
-    lines: list[tuple[str, dict[str, str]]] = []
-    for label, result in results:
-        for row, name in OVER.items():
-            cells = {}
-            for text, by_context in result["texts"].items():
-                for part in by_context.values():
-                    for found in part["comparisons"]:
-                        if (found["row"], found["against"]) == (STUDENT, row):
-                            cells[f"{text} at {human_tokens(part['seq_len'])}"] = ratio(found)
-            heads += [head for head in cells if head not in heads]
-            if cells:
-                lines.append((f"{label}, over {name}" if len(results) > 1 else f"over {name}", cells))
-    if not lines:
-        return []
-    start = [["student", *heads], ["---", *["---:"] * len(heads)]]
-    return start + [[name, *(cells.get(head, NOTHING) for head in heads)] for name, cells in lines]
+def ratios(result: dict[str, Any], row: str) -> dict[str, str]:
+    """For each text and context the student's perplexity over that of a row; nothing where they were not compared."""
+    return {
+        f"{text} at {human_tokens(part['seq_len'])}": _ratio(found)
+        for text, by_context in result["texts"].items()
+        for part in by_context.values()
+        for found in part["comparisons"]
+        if (found["row"], found["against"]) == (STUDENT, row)
+    }
 
 
-def ratio(comparison: dict[str, Any]) -> str:
+def _ratio(comparison: dict[str, Any]) -> str:
     """`0.98 (0.97 to 0.99)`: the quotient of two perplexities by their difference in nats, as far as it is known."""
     if comparison["nll_difference"] is None:
         return NOTHING

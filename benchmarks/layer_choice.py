@@ -36,6 +36,7 @@ from linearize.distill.selection import (
     ROWS_AT_ONCE,
     Facts,
     draw_facts,
+    draw_texts,
     lazy_scores,
     only_converted,
     recall_scores,
@@ -87,8 +88,7 @@ def bench_layer_choice(
             f"window: {config.window} reaches over up to {2 * config.window - 1} tokens, recall is judged over gaps of "
             f"{', '.join(map(str, gaps))}; use a smaller window"
         )
-    texts = [next(stream)["input_ids"] for _ in range(rows)]
-    facts = draw_facts(tokenizer, stream, [stream.seq_len // (1 + number % 2) for number in range(rows)], seed)
+    texts, facts = draw_texts(tokenizer, stream, rows, seed)
     judged = [next(stream)["input_ids"] for _ in range(rows)]
     asked = draw_facts(tokenizer, stream, gaps, seed + 1)
     if any(position[0] for position in stream.state_dict()["positions"]):
@@ -145,7 +145,7 @@ def _judge(
         for text in facts:
             with only_converted(model, converted):
                 likeliest = model(input_ids=text.tokens.to(device), use_cache=False).logits[0].argmax(-1).cpu()
-            where = torch.tensor([position for answer in text.answers for position in answer])
+            where = text.positions
             recall.append(float((likeliest[where - 1] == text.tokens[0, where]).float().mean()))
         judgements.append({"kl": divergence / sum(row.numel() for row in rows), "recall": recall})
     return judgements

@@ -26,9 +26,11 @@ from typing import Any
 
 import yaml
 
+from linearize.benchmarks.distillation_table import grid, ratios
+from linearize.benchmarks.distillation_table import table as rows_table
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.files import write_json, write_text
-from linearize.console import human_tokens, note
+from linearize.console import note
 from linearize.distill.options import EvaluateOptions
 from linearize.distill.recipe import StrictLoader, load_recipe
 from linearize.distill.records import check_keys, convert_list
@@ -151,8 +153,6 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown of sweep.json: a line a variant and row, the variants' students against the first, what was changed."""
-    from linearize.benchmarks.distillation_table import table as rows_table
-
     variants = result["variants"]
     first = variants[0]["name"]
     shown = [(v["name"], v["evaluate"]) for v in variants[:1]]
@@ -168,19 +168,9 @@ def table(result: dict[str, Any]) -> str:
 
 def _against_first(variants: Sequence[dict[str, Any]]) -> str:
     """Perplexity of the variants' students over that of the first one's, on the same tokens."""
-    from linearize.benchmarks.distillation_table import ratio
-
-    lines: list[list[str]] = []
-    for variant in variants[1:]:
-        cells = {}
-        for text, by_context in variant["evaluate"]["texts"].items():
-            for part in by_context.values():
-                found = [c for c in part["comparisons"] if (c["row"], c["against"]) == (STUDENT, FIRST)]
-                cells[f"{text} at {human_tokens(part['seq_len'])}"] = ratio(found[0])
-        lines = lines or [["student", *cells], ["---", *["---:"] * len(cells)]]
-        lines.append([variant["name"], *cells.values()])
-    written = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"Perplexity over that of {variants[0]['name']!r}, with a paired 95 % interval:\n\n{written}\n"
+    lines = [(variant["name"], ratios(variant["evaluate"], FIRST)) for variant in variants[1:]]
+    told = f"Perplexity over that of {variants[0]['name']!r}, with a paired 95 % interval:"
+    return f"{told}\n\n{grid('student', lines)}\n"
 
 
 def _folder(name: str) -> str:

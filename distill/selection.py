@@ -30,6 +30,7 @@ __all__ = [
     "Facts",
     "build_facts",
     "draw_facts",
+    "draw_texts",
     "lazy_scores",
     "only_converted",
     "recall_scores",
@@ -52,6 +53,11 @@ class Facts:
 
     tokens: Tensor
     answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def positions(self) -> Tensor:
+        """(n,) int64, those of all answers."""
+        return torch.tensor([position for answer in self.answers for position in answer])
 
 
 def lazy_scores(model: Any, rows: Sequence[Tensor]) -> dict[int, float]:
@@ -107,9 +113,7 @@ def recall_scores(
 
     Args: as in `swap_scores`, with texts from `build_facts`.
     """
-    answers = [torch.tensor([position for answer in text.answers for position in answer]) for text in texts]
-    rows = [text.tokens for text in texts]
-    return _mean_divergence(model, [(row, where - 1) for row, where in zip(rows, answers, strict=True)], progress)
+    return _mean_divergence(model, [(text.tokens, text.positions - 1) for text in texts], progress)
 
 
 def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int = 4, seed: int = 0) -> list[Facts]:
@@ -150,6 +154,15 @@ def build_facts(tokenizer: Any, tokens: Tensor, gaps: Sequence[int], count: int 
             ids += whole
         texts.append(Facts(torch.tensor([ids]), tuple(answers)))
     return texts
+
+
+def draw_texts(tokenizer: Any, stream: TokenStream, rows: int, seed: int = 0) -> tuple[list[Tensor], list[Facts]]:
+    """What the scores are measured on: `rows` rows of a stream of single rows, and as many texts with numbers.
+
+    Every other text asks for what was said a whole row ago, the rest for what was said half a row ago.
+    """
+    texts = [next(stream)["input_ids"] for _ in range(rows)]
+    return texts, draw_facts(tokenizer, stream, [stream.seq_len // (1 + number % 2) for number in range(rows)], seed)
 
 
 def draw_facts(tokenizer: Any, stream: TokenStream, gaps: Sequence[int], seed: int = 0) -> list[Facts]:

@@ -153,17 +153,14 @@ def _measure(
     from linearize.convert import convert, converted_layers
     from linearize.distill.data import build_stream
     from linearize.distill.options import DataOptions, Source
-    from linearize.distill.selection import draw_facts, lazy_scores, recall_scores, swap_scores
+    from linearize.distill.selection import draw_texts, lazy_scores, recall_scores, swap_scores
     from linearize.models import load_model, load_tokenizer
     from linearize.tasks import announce_dtype
 
     tokenizer = load_tokenizer(model)
     sources = tuple(Source(kind="text", path=path) for path in files) or (Source(kind="pydoc"),)
     stream = build_stream(DataOptions(sources=sources, seq_len=seq_len), tokenizer, seed)
-    texts = [next(stream)["input_ids"] for _ in range(rows)]
-    # Every other text asks for what was said half a row ago, the rest for what was said a whole row ago.
-    gaps = [seq_len // (1 + number % 2) for number in range(rows)]
-    facts = draw_facts(tokenizer, stream, gaps, seed)
+    texts, facts = draw_texts(tokenizer, stream, rows, seed)
     loaded, _ = load_model(model, announce_dtype(dtype, device), device)
     convert(loaded, LinearizeConfig(mixer="none", window=config.window, sinks=config.sinks))
     if by == "lazy":
