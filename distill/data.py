@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linearize.console import note
 from linearize.distill.encoding import Encoded, encode
 from linearize.distill.options import DataOptions, Source
 from linearize.distill.sources import Documents, FixedDocuments, Part, open_documents
@@ -22,7 +23,7 @@ from linearize.errors import LinearizeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Batch", "TokenStream", "build_stream", "model_inputs"]
+__all__ = ["SHORTEST_DOCUMENT", "Batch", "TokenStream", "build_stream", "model_inputs"]
 
 Batch = dict[str, torch.Tensor]
 """`input_ids` (B, T) int64, and as far as a batch needs them, all (B, T) int64:
@@ -53,6 +54,7 @@ def build_stream(
     part: Part = "train",
     teacher: "PreTrainedModel | None" = None,
     cache_dir: str | Path | None = None,
+    shortest: int = SHORTEST_DOCUMENT,
 ) -> "TokenStream":
     """Open the data sources and return their stream of batches.
 
@@ -64,6 +66,8 @@ def build_stream(
             from the teacher's own mouth says little about the world's.
         teacher: the original model; needed if a source is `generated`.
         cache_dir: where generated texts are kept.
+        shortest: documents of fewer tokens are passed over where rows are documents, and a source that has no other
+            is left out with a note: training on long rows teaches nothing with short ones.
 
     Raises:
         LinearizeError: files that are missing or unreadable, or too little text for one row.
@@ -78,7 +82,7 @@ def build_stream(
             continue
         sources.append(source)
         opened.append(documents)
-    stream = TokenStream(options, sources, opened, tokenizer, seed, part)
+    stream = TokenStream(options, sources, opened, tokenizer, seed, part, shortest)
     stream.check()
     return stream
 
@@ -97,10 +101,12 @@ class TokenStream(Iterator[Batch]):
         tokenizer: "PreTrainedTokenizerBase",
         seed: int,
         part: Part,
+        shortest: int = SHORTEST_DOCUMENT,
     ) -> None:
         self._options = options
         self.seq_len = options.seq_len
         self._part = part
+        self._shortest = SHORTEST_DOCUMENT if options.packing == "packed" else max(shortest, SHORTEST_DOCUMENT)
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         if eos is None and options.packing == "packed":
             raise LinearizeError(
@@ -109,12 +115,13 @@ class TokenStream(Iterator[Batch]):
             )
         self._padding = pad if pad is not None else (eos or 0)
         self._readers = [
-            _Reader(source, docs, f"{seed} {index}", tokenizer)
+            _Reader(source, docs, f"{seed} {index}", tokenizer, self._shortest)
             for index, (source, docs) in enumerate(zip(sources, documents))
         ]
         told = [
             [options.seq_len, options.batch_size, options.packing, seed, part, len(tokenizer)],
             [[source.kind, source.weight, docs.signature] for source, docs in zip(sources, documents)],
+            self._shortest,
         ]
         self._fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -197,7 +204,8 @@ class TokenStream(Iterator[Batch]):
             # A source too small to have a held-out part is not drawn from.
             self._readers = [reader for reader in self._readers if next(reader.once(), None)]
             return
-        needed = self._options.seq_len if self._options.packing == "packed" else SHORTEST_DOCUMENT
+        needed = self._options.seq_len if self._options.packing == "packed" else self._shortest
+        short = []
         for reader in self._readers:
             found, counted = 0, False
             for document in reader.once():
@@ -211,10 +219,25 @@ class TokenStream(Iterator[Batch]):
                         f"data source {reader.name}: none of its chats has an answer, a message of role 'assistant' "
                         "that is not empty; give chats that have, or set the source's loss to all"
                     )
+                if self._shortest > SHORTEST_DOCUMENT:
+                    short.append(reader)
+                    continue
                 raise LinearizeError(
                     f"data source {reader.name}: its train part has {found} tokens, one row needs {needed}; "
                     f"give more text, or lower data.seq_len or data.held_out ({self._options.held_out})"
                 )
+        if len(short) == len(self._readers):
+            raise LinearizeError(
+                f"data: no document of {', '.join(reader.name for reader in short)} has {self._shortest} tokens, which "
+                f"rows of up to {self._options.seq_len} are for; give longer documents, lower data.seq_len, or leave "
+                "the stage out"
+            )
+        for reader in short:
+            self._readers.remove(reader)
+            note(
+                f"data source {reader.name}: none of its documents has {self._shortest} tokens; not drawn from for "
+                f"rows of up to {self._options.seq_len}"
+            )
 
     def _row(self) -> "_Row":
         reader = min(self._readers, key=lambda reader: reader.drawn / reader.weight)
@@ -242,7 +265,9 @@ class _Row:
 class _Reader:
     """One source's documents in shuffled order, epoch after epoch."""
 
-    def __init__(self, source: Source, documents: Documents, seed: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, source: Source, documents: Documents, seed: str, tokenizer: "PreTrainedTokenizerBase", shortest: int
+    ) -> None:
         self.name = source.kind if source.path is None else f"{source.kind} {source.path}"
         self.weight = source.weight
         self.drawn = 0
@@ -250,6 +275,7 @@ class _Reader:
         self._seed = seed
         self._tokenizer = tokenizer
         self._loss = source.loss
+        self._shortest = shortest
         self.seek((0, 0, 0, 0))
 
     def position(self) -> list[int]:
@@ -275,20 +301,22 @@ class _Reader:
         return row
 
     def take_document(self, most: int) -> _Row:
-        """The next document, cut to `most` tokens."""
-        while len((document := self._load()).ids) < SHORTEST_DOCUMENT:
+        """The next document, or the next `most` tokens of a longer one; what is too short for a row is passed over."""
+        while len((document := self._load()).ids) - self._offset < self._shortest:
             self._advance()
-        self._advance()
+        start, self._offset = self._offset, min(self._offset + most, len(document.ids))
         row = _Row()
-        row.add(document, 0, most)
+        row.add(document, start, self._offset)
+        if self._offset == len(document.ids):
+            self._advance()
         self.drawn += len(row.ids)
         return row
 
     def once(self) -> Iterator[Encoded]:
-        """Every document of at least two tokens, in the source's own order."""
+        """Every document that is long enough for a row, in the source's own order."""
         for index in range(len(self._documents)):
             document = self._encoded(index)
-            if len(document.ids) >= SHORTEST_DOCUMENT:
+            if len(document.ids) >= self._shortest:
                 yield document
 
     def _load(self) -> Encoded:

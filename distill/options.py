@@ -104,8 +104,8 @@ class DataOptions(Record):
         sources: mixed by their weights.
         seq_len: tokens a row.
         batch_size: rows a batch.
-        packing: `"packed"`: documents joined by the end-of-text token and cut into full rows. `"document"`: one
-            document a row, cut to seq_len or right-padded to the longest of its batch.
+        packing: `"packed"`: documents joined by the end-of-text token and cut into full rows. `"document"`: a row
+            holds one document or seq_len tokens of a longer one, right-padded to the longest of its batch.
         held_out: the share of each source (but `generated`) that is kept for evaluation and never trained on.
     """
 
@@ -210,7 +210,7 @@ class DistillOptions(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendOptions(DistillOptions):
-    """The distill stage at longer context, one document a row.
+    """The distill stage at longer context, one document a row; documents shorter than the data's rows are passed over.
 
     Attributes:
         seq_len: tokens a row, instead of the data's.

@@ -30,7 +30,7 @@ from linearize.checkpoint import save
 from linearize.console import note
 from linearize.convert import added_parameters, convert, is_converted
 from linearize.distill import processes
-from linearize.distill.data import TokenStream, build_stream
+from linearize.distill.data import SHORTEST_DOCUMENT, TokenStream, build_stream
 from linearize.distill.disk import writing
 from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
@@ -240,15 +240,18 @@ class Job:
     def _stream(self, model: Any, seq_len: int | None = None) -> TokenStream:
         """The training text from its start; where the recipe says so, `model` has written some of it.
 
-        With `seq_len` the rows are that long, of one document each.
+        With `seq_len` the rows are up to that long, of one document each, and documents that fit into the recipe's
+        rows are passed over.
         """
-        data = self.recipe.data
+        data, shortest = self.recipe.data, SHORTEST_DOCUMENT
         if seq_len is not None:
+            shortest = min(data.seq_len, seq_len)
             data = replace(data, seq_len=seq_len, packing="document")
         teacher = comparison_rows(model)["original"]() if is_converted(model) else nullcontext(model)
         # Process 0 lets the teacher write what is missing; the others read it.
         with teacher, processes.wait_for_main():
-            return build_stream(data, self._tokenizer, self.recipe.seed, teacher=model, cache_dir=self.folder / "texts")
+            texts = self.folder / "texts"
+            return build_stream(data, self._tokenizer, self.recipe.seed, "train", model, texts, shortest)
 
     def _student(self) -> Path:
         model, _ = load_model(self.recipe.model, self._dtype, self._device)

@@ -104,12 +104,39 @@ def test_document_rows(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "ab"}, {"text": "x" * 50}, {"text": " "}, {"text": "abc"}])
     stream = build_stream(data(Source(kind="jsonl", path=path), packing="document", held_out=0), tokenizer, seed=0)
     rows = {}
-    for _ in range(3):
+    for _ in range(4):
         batch = next(stream)
         assert batch.keys() == {"input_ids"}, "a row alone needs no padding: it is as long as its document"
         ids = batch["input_ids"][0]
         rows[tokenizer.decode(ids)] = len(ids)
-    assert rows == {"ab<eos>": 3, "x" * 32: 32, "abc<eos>": 4}
+    assert rows == {"ab<eos>": 3, "x" * 32: 32, "x" * 18 + "<eos>": 19, "abc<eos>": 4}
+
+
+def test_rows_for_long_documents(tokenizer, tmp_path, capsys):
+    """What is shorter is passed over, the rest of a long one is a row too if it is long enough."""
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{"text": t} for t in ("ab", "y" * 50, "z" * 40, "c" * 15, "d" * 14)])
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"text": "hello"}] * 3)
+    sources = [Source(kind="jsonl", path=mixed), Source(kind="jsonl", path=chats, weight=9)]
+    options = data(*sources, packing="document", held_out=0)
+    stream = build_stream(options, tokenizer, seed=0, shortest=16)
+    assert "chats.jsonl: none of its documents has 16 tokens" in capsys.readouterr().err
+    rows = sorted(tokenizer.decode(next(stream)["input_ids"][0]) for _ in range(4))
+    assert rows == ["c" * 15 + "<eos>", "y" * 18 + "<eos>", "y" * 32, "z" * 32], "the other 9 of z are too few"
+
+    position = stream.state_dict()
+    expected = [next(stream)["input_ids"] for _ in range(5)]
+    again = build_stream(options, tokenizer, seed=0, shortest=16)
+    again.load_state_dict(position)
+    assert all(torch.equal(next(again)["input_ids"], row) for row in expected)
+    with pytest.raises(LinearizeError, match="position belongs to data"):
+        build_stream(options, tokenizer, seed=0, shortest=8).load_state_dict(position)
+
+
+def test_no_document_is_long_enough(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"text": "hello"}] * 3)
+    options = data(Source(kind="jsonl", path=path), packing="document", held_out=0)
+    with pytest.raises(LinearizeError, match=r"no document of jsonl .*chats\.jsonl has 16 tokens.*rows of up to 32"):
+        build_stream(options, tokenizer, seed=0, shortest=16)
 
 
 def test_padding_in_a_batch(tokenizer, tmp_path):
