@@ -135,6 +135,9 @@ class TransferOptions(Record):
             adds to the hidden states, after its output projection.
         calibration_tokens: mixers and mixes are first fitted to about so many of the stage's first tokens, whole
             batches of them, from one forward pass; 0 leaves them as converted.
+        positions: rows are read with gaps in their positions, which then run up to so many: what is taught is right
+            far beyond a row's own length. `None` means four times `data.seq_len`, and no more than the model knows;
+            0 leaves no gaps. Rows of several documents have none.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.
@@ -145,6 +148,7 @@ class TransferOptions(Record):
     budget: Budget = field(metadata=_BUDGET_HINT)
     objective: Literal["decomposed", "output", "weights", "hidden"] = "decomposed"
     calibration_tokens: int = option(4096, least=0)
+    positions: int | None = option(None, least=0)
     local_steps: int = option(1, least=1)
     lr: float = option(2e-2, above=0)
     warmup: float = option(0.05, least=0, below=1)

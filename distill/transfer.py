@@ -22,11 +22,14 @@ from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.loop import Outcome, StepLosses, agreed_checkpoint, train
 from linearize.distill.objectives import OBJECTIVES, FarTarget, check_far_queries
 from linearize.distill.options import TransferOptions
+from linearize.distill.positions import spread_positions
 from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["calibrate", "check_taught", "observe", "run_transfer", "transfer_step"]
+__all__ = ["calibrate", "check_taught", "observe", "position_limit", "run_transfer", "transfer_step"]
+
+SPREAD = 4  # positions a token of a row, where nothing is said
 
 
 def run_transfer(
@@ -41,12 +44,13 @@ def run_transfer(
         accumulation: batches an optimizer step.
 
     Raises:
-        LinearizeError: no layer is converted or has a state to train, or rows too short for any token to have left
-            the window.
+        LinearizeError: no layer is converted or has a state to train, rows too short for any token to have left
+            the window, or more positions than the model knows.
     """
     base = base_model(model)
     switch_of(base)  # an error of its own where nothing is converted
     check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "transfer")
+    limit = position_limit(base.config, stream.seq_len, options.positions)
     parameters = added_parameters(base)
     model.requires_grad_(False)
     for parameter in parameters.values():
@@ -62,7 +66,7 @@ def run_transfer(
     processes.open_accelerator()
     if options.calibration_tokens and agreed_checkpoint(folder / "checkpoints" / "transfer") is None:
         position = stream.state_dict()
-        calibrate(base, stream, options.calibration_tokens)
+        calibrate(base, stream, options.calibration_tokens, limit)
         stream.load_state_dict(position)
     optimizer = Adam(parameters, mix_lr_scale)  # after calibration: masters are copies
 
@@ -70,9 +74,13 @@ def run_transfer(
         optimizer.step()
         optimizer.zero_grad()
 
+    def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
+        spread = spread_positions(batch, limit)
+        return transfer_step(base, spread, options.objective, backward, update, options.local_steps)
+
     outcome = train(
         "transfer",
-        lambda batch, backward: transfer_step(base, batch, options.objective, backward, update, options.local_steps),
+        step,
         parameters,
         stream,
         options,
@@ -94,6 +102,23 @@ def check_taught(config: LinearizeConfig, seq_len: int, name: str) -> None:
             "skip it"
         )
     check_far_queries(config, seq_len, "data.seq_len")
+
+
+def position_limit(config: Any, seq_len: int, positions: int | None) -> int:
+    """Below which positions the gaps of `spread_positions` stay: `positions`, or if None SPREAD for each of a row's
+    `seq_len` tokens, and no more than a model of this transformers config knows.
+
+    Raises:
+        LinearizeError: `positions` is more than the model knows.
+    """
+    known = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return min(SPREAD * seq_len, known or SPREAD * seq_len)
+    if known is not None and positions > known:
+        raise LinearizeError(
+            f"transfer.positions: {positions}, and the model knows {known}; use at most that, or leave it out"
+        )
+    return positions
 
 
 def transfer_step(
@@ -128,13 +153,14 @@ def transfer_step(
     return {"loss": torch.stack(list(losses.values())).mean()} | losses
 
 
-def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[float]]:
+def calibrate(model: Any, stream: TokenStream, tokens: int, positions: int | None = None) -> dict[int, list[float]]:
     """Fit every mixer and mix to the teacher's far attention; see `linearize.distill.calibration`.
 
     Args:
         model: a converted model. Nothing but mixers and mixes changes, and they are left asking for gradients.
         stream: text; whole batches are drawn until they have `tokens` real tokens, one batch at least.
         tokens: a few thousand are enough.
+        positions: as in `TransferOptions`.
 
     Returns:
         For each layer, its decomposed loss on each batch, before it learned from it.
@@ -145,6 +171,7 @@ def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[fl
     base = base_model(model)
     switch_of(base)  # an error of its own where nothing is converted
     check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "calibrate")
+    limit = position_limit(base.config, stream.seq_len, positions)
     device = base.get_input_embeddings().weight.device
     batches: list[Batch] = []
     drawn = 0
@@ -155,7 +182,7 @@ def calibrate(model: Any, stream: TokenStream, tokens: int) -> dict[int, list[fl
     for parameter in added_parameters(base).values():
         parameter.requires_grad_(True)
     for batch in batches:
-        observe(base, batch, calibration)
+        observe(base, spread_positions(batch, limit), calibration)
     calibration.finish()
     return calibration.losses
 

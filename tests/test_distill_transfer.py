@@ -19,7 +19,7 @@ MIXES = ("normalizer", "gate")
 
 
 def options(steps=3, **changes):
-    return TransferOptions(**({"budget": Budget(steps=steps), "calibration_tokens": 200} | changes))
+    return TransferOptions(**({"budget": Budget(steps=steps), "calibration_tokens": 200, "positions": 0} | changes))
 
 
 def backward(loss):

@@ -1,0 +1,57 @@
+"""Rows whose positions have gaps, so that short rows teach what a long context asks for.
+
+A feature map reads queries and keys after the rotary embedding. One that has seen positions up to T only meets angles
+beyond T that it knows nothing about: far errors there are several times those within T. With gaps, the tokens of a row
+stand as far from each other as those of a much longer text; the original, which knows its own rotary embedding over
+its whole context, is the teacher there as anywhere. The cost of a row stays what it was.
+
+Source of the idea: Zhu et al. 2023, positional skip-wise training (arXiv 2309.10400), there to widen the context of
+softmax models.
+"""
+
+import hashlib
+import random
+
+import torch
+from torch import Tensor
+
+from linearize.distill.data import Batch
+
+__all__ = ["spread_positions"]
+
+PLAIN = 0.2  # share of the batches that stay as they are
+PIECES = 4  # a row's tokens without a gap between them
+
+
+def spread_positions(batch: Batch, limit: int) -> Batch:
+    """`batch` with gaps in its rows' positions, which stay below `limit`; the gaps depend on nothing but its tokens.
+
+    A row is cut into pieces at random places. The first keeps its positions, and with them the sinks theirs; the last
+    is moved by a random distance, on a scale of `limit` or half of it, the others by less, in order. Batches in which
+    some row has several documents stay as they are: there a jump in the positions means another document.
+
+    Returns:
+        `batch` itself, or with `position_ids` (B, T) and an `attention_mask`, which says that a row is one text.
+    """
+    tokens = batch["input_ids"]
+    length = tokens.shape[1]
+    draw = random.Random(hashlib.sha256(tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()).digest())
+    if "position_ids" in batch or limit <= length or length < PIECES or draw.random() < PLAIN:
+        return batch
+    rows = [_positions(length, limit, draw) for _ in range(len(tokens))]
+    spread = {"position_ids": torch.stack(rows).to(tokens.device)}
+    return batch | spread | {"attention_mask": batch.get("attention_mask", torch.ones_like(tokens))}
+
+
+def _positions(length: int, limit: int, draw: random.Random) -> Tensor:
+    """(T,) int64, rising, from 0 to below `limit`."""
+    room = (limit if draw.random() < 0.5 else max(limit // 2, length)) - length
+    last = draw.randint(0, room)
+    shifts = sorted(draw.randint(0, last) for _ in range(PIECES - 2))
+    cuts = sorted(draw.sample(range(1, length), PIECES - 1))
+    positions = torch.arange(length)
+    before = 0
+    for cut, shift in zip(cuts, [*shifts, last]):
+        positions[cut:] += shift - before
+        before = shift
+    return positions

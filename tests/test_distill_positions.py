@@ -1,0 +1,140 @@
+"""Gaps in the positions of training rows: what they look like, that a row stays one text, and what they buy."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from linearize import LinearizeError, convert, original_attention
+from linearize.config import LinearizeConfig
+from linearize.distill.options import Budget, TransferOptions
+from linearize.distill.positions import PLAIN, spread_positions
+from linearize.distill.transfer import calibrate, observe, position_limit, run_transfer, transfer_step
+from tests.tiny_models import make_config, make_model, make_student, make_tokens, pad
+from tests.tiny_training import TokenRows
+
+LENGTH, LIMIT = 64, 256
+GAPS = 4  # a seed of tokens that get gaps
+
+
+def spread(seed: int, batch: int = 1, limit: int = LIMIT, length: int = LENGTH) -> torch.Tensor | None:
+    return spread_positions({"input_ids": make_tokens(batch, length, seed)}, limit).get("position_ids")
+
+
+def test_positions_rise_from_0_to_below_the_limit_in_few_pieces():
+    found = [spread(seed) for seed in range(400)]
+    rows = torch.cat([row for row in found if row is not None])
+    assert abs((len(found) - len(rows)) / len(found) - PLAIN) < 0.06
+    assert (rows[:, 0] == 0).all()
+    steps = rows.diff(dim=1)
+    assert (steps >= 1).all()
+    assert ((steps > 1).sum(1) <= 3).all()
+    assert LIMIT - 8 < rows.max() < LIMIT
+    # A scale of the limit or of half of it, both as often: the mean of the last position is 3/8 of the limit and more.
+    assert abs(rows[:, -1].float().mean() - (LENGTH + (LIMIT / 2 - LENGTH / 2 + LIMIT / 4 - LENGTH / 2) / 2)) < 12
+    assert rows[:, LENGTH // 2].unique().numel() > 50
+
+
+def test_gaps_depend_on_the_tokens_alone():
+    found = [row for row in map(spread, range(10)) if row is not None]
+    first, other = found[:2]
+    again = next(row for row in map(spread, range(10)) if row is not None)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    both = next(row for row in (spread(seed, batch=2) for seed in range(10)) if row is not None)
+    assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("limit", [0, LENGTH - 1, LENGTH])
+def test_no_room_for_gaps(limit):
+    batch = {"input_ids": make_tokens(1, LENGTH)}
+    assert spread_positions(batch, limit) is batch
+
+
+def test_smallest_room_and_shortest_rows():
+    rows = [spread(seed, limit=LENGTH + 1) for seed in range(40)]
+    assert max(int(row.max()) for row in rows if row is not None) == LENGTH
+    assert all(spread(seed, length=3) is None for seed in range(10))
+    assert any(spread(seed, length=4) is not None for seed in range(10))
+
+
+def test_rows_of_several_documents_stay():
+    positions = torch.cat([torch.arange(40), torch.arange(24)])[None]
+    batch = {"input_ids": make_tokens(1, LENGTH, 1), "position_ids": positions}
+    assert spread_positions(batch, LIMIT) is batch
+
+
+def test_padding_stays_padding():
+    rows, mask = pad(make_tokens(2, LENGTH, GAPS), [0, 5], "right")
+    found = spread_positions({"input_ids": rows, "attention_mask": mask}, LIMIT)
+    assert torch.equal(found["attention_mask"], mask)
+    assert found["position_ids"].shape == rows.shape
+
+
+@pytest.mark.parametrize("softmax_layers", [[], [1]])
+def test_the_original_reads_a_row_with_gaps_as_one_text(softmax_layers):
+    """Without the mask a jump would mean another document to the original and to converted layers."""
+    student = make_student("llama", "normalizer", softmax_layers=softmax_layers)
+    batch = spread_positions({"input_ids": make_tokens(2, LENGTH, GAPS)}, LIMIT)
+    assert (batch["position_ids"].diff(dim=1) > 1).any()
+    seen = []
+    observe(student, batch, seen.append)
+    assert all(one.documents is None and one.mask is None for one in seen)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    with torch.no_grad():
+        expected = make_model("llama")(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=causal
+        ).logits
+        with original_attention(student):
+            found = student(**batch, use_cache=False).logits
+        plain = student(batch["input_ids"], use_cache=False).logits
+        student_gaps = student(**batch, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+    assert (student_gaps - plain).abs().max() > 0.01, "converted layers see the positions too"
+
+
+def test_limit():
+    config = make_config("llama", max_position_embeddings=1000)
+    assert position_limit(config, 100, None) == 400
+    assert position_limit(config, 300, None) == 1000, "no more than the model knows"
+    assert position_limit(config, 100, 0) == 0
+    assert position_limit(config, 100, 1000) == 1000
+    with pytest.raises(LinearizeError, match=r"transfer\.positions: 1001, and the model knows 1000"):
+        position_limit(config, 100, 1001)
+    unlimited = SimpleNamespace()  # a model without such a number
+    assert position_limit(unlimited, 300, None) == 1200
+    assert position_limit(unlimited, 300, 5000) == 5000
+
+
+def test_more_positions_than_the_model_knows_are_refused_before_training(tmp_path):
+    student = make_student("llama", "normalizer")
+    options = TransferOptions(budget=Budget(steps=1), positions=16385)
+    with pytest.raises(LinearizeError, match=r"16385, and the model knows 16384"):
+        run_transfer(student, TokenRows(1, LENGTH), options, tmp_path)
+    with pytest.raises(LinearizeError, match="16385"):
+        calibrate(student, TokenRows(1, LENGTH), 64, 16385)
+    assert not any(tmp_path.iterdir())
+
+
+class Peaked(TokenRows):
+    """Random tokens of few kinds, so that attention has something to find."""
+
+    def at(self, index):
+        return {"input_ids": super().at(index)["input_ids"] % 8 + 1}
+
+
+def far_loss(positions: int, folder) -> float:
+    """The decomposed loss on rows four times as long as those of training."""
+    torch.manual_seed(0)
+    model = make_model("llama")
+    convert(model, LinearizeConfig(window=8, sinks=2))
+    options = TransferOptions(budget=Budget(steps=40), positions=positions, calibration_tokens=400)
+    run_transfer(model, Peaked(2, 96), options, folder)
+    batch = {"input_ids": make_tokens(2, 384, 77) % 8 + 1}
+    return float(transfer_step(model, batch, "decomposed", lambda loss: None)["loss"])
+
+
+def test_gaps_teach_what_longer_rows_ask_for(tmp_path):
+    without, given = far_loss(0, tmp_path / "without"), far_loss(384, tmp_path / "given")
+    print(without, given)
+    assert given < 0.9 * without
