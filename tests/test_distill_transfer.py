@@ -301,7 +301,7 @@ class TestRun:
         student, other = (make_student("llama", "normalizer") for _ in range(2))
         outcome = run_transfer(student, rows, options(1, calibration_tokens=100), tmp_path)
         assert rows.drawn == 1
-        calibrate(other, TokenRows(2, 40), 100)
+        calibrate(other, TokenRows(2, 40), 100, 0)
         losses = transfer_step(other, TokenRows(2, 40).at(0), "decomposed", lambda loss: None)
         assert outcome.first == {key: float(x) for key, x in losses.items()}
 
@@ -310,7 +310,7 @@ class TestRun:
         student, alone = (make_student("llama", "normalizer").to(torch.bfloat16) for _ in range(2))
         run_transfer(student, TokenRows(2, 40), options(1, lr=1e-9, calibration_tokens=80), tmp_path)
         start = snapshot(alone)
-        calibrate(alone, TokenRows(2, 40), 80)
+        calibrate(alone, TokenRows(2, 40), 80, 0)
         for name, parameter in added_parameters(alone).items():
             assert not torch.equal(parameter, start[name])
             assert torch.equal(added_parameters(student)[name], parameter)
