@@ -23,6 +23,7 @@ from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses, rows_of
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions, ExtendOptions
+from linearize.distill.positions import position_limit, spread_positions
 from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
 from linearize.errors import LinearizeError
@@ -73,8 +74,8 @@ def run_distill(
 
     Raises:
         LinearizeError: a model that is not converted, patterns that match no parameter, LoRA targets that name no
-            module, a LoRA unlike the one it goes on with, another role than the student's without LoRA, or a
-            teacher_cache of the whole vocabulary.
+            module, a LoRA unlike the one it goes on with, another role than the student's without LoRA, a
+            teacher_cache of the whole vocabulary, or more positions than the model knows.
     """
     switch_of(model)  # an error of its own where nothing is converted
     stage = stage or STAGE_OF[role]
@@ -87,6 +88,7 @@ def run_distill(
     if role == CONTROL and options.kl_weight and not options.ce_weight:
         # KL to oneself is 0 from the start: the control of pure distillation learns from the text itself.
         options = replace(options, kl_weight=0.0, ce_weight=1.0)
+    limit = position_limit(base_model(model).config, stream.seq_len, options.positions, stage)
     model.requires_grad_(False)
     if options.train == "lora":
         model = _with_lora(model, options, role)
@@ -123,6 +125,7 @@ def run_distill(
     segment = options.segment if isinstance(options, ExtendOptions) else None
 
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
+        batch = spread_positions(batch, limit)
         told = _teach(teacher, batch, options, cache) if options.kl_weight else None
         sums: StepLosses = {}
         with trained(batch), _checkpointing(model, options.checkpointing):
@@ -174,7 +177,8 @@ def distill_losses(
     inputs = model_inputs(batch)
     rows, length = batch["input_ids"].shape
     segment = segment or length
-    if segment < length and "position_ids" in inputs:
+    positions = inputs.get("position_ids")
+    if segment < length and positions is not None and "attention_mask" not in inputs:
         raise LinearizeError(
             f"segment: {segment} in rows of {length} tokens that hold several documents; give one document a row "
             "(packing: document), or set segment to null"
@@ -190,6 +194,7 @@ def distill_losses(
             said = model(
                 input_ids=batch["input_ids"][:, part],
                 attention_mask=None if mask is None else mask[:, : part.stop],
+                position_ids=None if positions is None else positions[:, part],
                 past_key_values=past,
                 use_cache=True,
             )

@@ -11,16 +11,41 @@ softmax models.
 
 import hashlib
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize.distill.data import Batch
+from linearize.errors import LinearizeError
 
-__all__ = ["spread_positions"]
+__all__ = ["position_limit", "spread_positions"]
 
+SPREAD = 4  # positions a token of a row, where nothing is said
 PLAIN = 0.2  # share of the batches that stay as they are
 PIECES = 4  # a row's tokens without a gap between them
+
+
+def position_limit(config: Any, seq_len: int, positions: int | None, stage: str) -> int:
+    """Below which positions the gaps stay: `positions`, or if None SPREAD for each of a row's `seq_len` tokens, and no
+    more than a model of this transformers config knows.
+
+    Raises:
+        LinearizeError: `positions` is more than the model knows, or leaves no room for a gap; names `stage`.
+    """
+    known = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return min(SPREAD * seq_len, known or SPREAD * seq_len)
+    if known is not None and positions > known:
+        raise LinearizeError(
+            f"{stage}.positions: {positions}, and the model knows {known}; use at most that, or leave it out"
+        )
+    if 0 < positions <= seq_len:
+        raise LinearizeError(
+            f"{stage}.positions: {positions} leave no room for gaps in rows of {seq_len} tokens; use more, or 0 for "
+            "none"
+        )
+    return positions
 
 
 def spread_positions(batch: Batch, limit: int) -> Batch:
@@ -35,7 +60,8 @@ def spread_positions(batch: Batch, limit: int) -> Batch:
     """
     tokens = batch["input_ids"]
     length = tokens.shape[1]
-    draw = random.Random(hashlib.sha256(tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()).digest())
+    told = b"positions" + tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()
+    draw = random.Random(hashlib.sha256(told).digest())
     if "position_ids" in batch or limit <= length or length < PIECES or draw.random() < PLAIN:
         return batch
     rows = [_positions(length, limit, draw) for _ in range(len(tokens))]

@@ -22,14 +22,12 @@ from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.loop import Outcome, StepLosses, agreed_checkpoint, train
 from linearize.distill.objectives import OBJECTIVES, FarTarget, check_far_queries
 from linearize.distill.options import TransferOptions
-from linearize.distill.positions import spread_positions
+from linearize.distill.positions import position_limit, spread_positions
 from linearize.distill.sharding import shard_frozen
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 
-__all__ = ["calibrate", "check_taught", "observe", "position_limit", "run_transfer", "transfer_step"]
-
-SPREAD = 4  # positions a token of a row, where nothing is said
+__all__ = ["calibrate", "check_taught", "observe", "run_transfer", "transfer_step"]
 
 
 def run_transfer(
@@ -50,7 +48,7 @@ def run_transfer(
     base = base_model(model)
     switch_of(base)  # an error of its own where nothing is converted
     check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "transfer")
-    limit = position_limit(base.config, stream.seq_len, options.positions)
+    limit = position_limit(base.config, stream.seq_len, options.positions, "transfer")
     parameters = added_parameters(base)
     model.requires_grad_(False)
     for parameter in parameters.values():
@@ -104,23 +102,6 @@ def check_taught(config: LinearizeConfig, seq_len: int, name: str) -> None:
     check_far_queries(config, seq_len, "data.seq_len")
 
 
-def position_limit(config: Any, seq_len: int, positions: int | None) -> int:
-    """Below which positions the gaps of `spread_positions` stay: `positions`, or if None SPREAD for each of a row's
-    `seq_len` tokens, and no more than a model of this transformers config knows.
-
-    Raises:
-        LinearizeError: `positions` is more than the model knows.
-    """
-    known = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return min(SPREAD * seq_len, known or SPREAD * seq_len)
-    if known is not None and positions > known:
-        raise LinearizeError(
-            f"transfer.positions: {positions}, and the model knows {known}; use at most that, or leave it out"
-        )
-    return positions
-
-
 def transfer_step(
     model: Any,
     batch: Batch,
@@ -171,7 +152,7 @@ def calibrate(model: Any, stream: TokenStream, tokens: int, positions: int | Non
     base = base_model(model)
     switch_of(base)  # an error of its own where nothing is converted
     check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "calibrate")
-    limit = position_limit(base.config, stream.seq_len, positions)
+    limit = position_limit(base.config, stream.seq_len, positions, "calibrate")
     device = base.get_input_embeddings().weight.device
     batches: list[Batch] = []
     drawn = 0

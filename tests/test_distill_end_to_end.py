@@ -19,6 +19,7 @@ from linearize.distill.end_to_end import (
 )
 from linearize.distill.logit_losses import ROWS_AT_ONCE, Listed, logit_losses
 from linearize.distill.options import Budget, DistillOptions, ExtendOptions
+from linearize.distill.positions import spread_positions
 from linearize.distill.teacher_cache import TeacherCache
 from tests.tiny_models import make_model, make_student, make_tokens
 from tests.tiny_training import TokenRows, log_lines
@@ -27,7 +28,7 @@ VOCAB = 50
 
 
 def options(steps=3, **changes):
-    return DistillOptions(**({"budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4} | changes))
+    return DistillOptions(**({"positions": 0, "budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4} | changes))
 
 
 class OneText(TokenRows):
@@ -402,10 +403,11 @@ class TestExtend:
 
     @pytest.mark.parametrize("kept", ["none", [1]])
     @pytest.mark.parametrize("padded", [None, [0, 25]])
-    @pytest.mark.parametrize("segment", [32, 40])
-    def test_the_values_of_the_whole_row(self, segment, padded, kept):
+    @pytest.mark.parametrize(("segment", "limit"), [(32, 0), (40, 0), (40, 400)])
+    def test_the_values_of_the_whole_row(self, segment, limit, padded, kept):
         student = convert(make_model("llama"), LinearizeConfig(window=8, sinks=2, softmax_layers=kept))
-        batch = TokenRows(2, 96, padded, "right").at(0)
+        batches = (spread_positions(TokenRows(2, 96, padded, "right").at(index), limit) for index in range(10))
+        batch = next(one for one in batches if ("position_ids" in one) == bool(limit))
         changes = {"ce_weight": 0.5, "top_k": 20}
         whole, gradients = self.parts(student, batch, None, **changes)
         parts, truncated = self.parts(student, batch, segment, **changes)

@@ -1,5 +1,6 @@
 """Gaps in the positions of training rows: what they look like, that a row stays one text, and what they buy."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from linearize import LinearizeError, convert, original_attention
 from linearize.config import LinearizeConfig
-from linearize.distill.options import Budget, TransferOptions
-from linearize.distill.positions import PLAIN, spread_positions
-from linearize.distill.transfer import calibrate, observe, position_limit, run_transfer, transfer_step
+from linearize.distill.end_to_end import run_distill
+from linearize.distill.options import Budget, DistillOptions, ExtendOptions, TransferOptions
+from linearize.distill.positions import PLAIN, position_limit, spread_positions
+from linearize.distill.transfer import calibrate, observe, run_transfer, transfer_step
 from tests.tiny_models import make_config, make_model, make_student, make_tokens, pad
 from tests.tiny_training import TokenRows
 
@@ -65,10 +67,12 @@ def test_rows_of_several_documents_stay():
 
 
 def test_padding_stays_padding():
-    rows, mask = pad(make_tokens(2, LENGTH, GAPS), [0, 5], "right")
-    found = spread_positions({"input_ids": rows, "attention_mask": mask}, LIMIT)
-    assert torch.equal(found["attention_mask"], mask)
-    assert found["position_ids"].shape == rows.shape
+    found = []
+    for seed in range(10):
+        rows, mask = pad(make_tokens(2, LENGTH, seed), [0, 5], "right")
+        found.append(spread_positions({"input_ids": rows, "attention_mask": mask}, LIMIT))
+        assert torch.equal(found[-1]["attention_mask"], mask)
+    assert any("position_ids" in one and one["position_ids"].shape == (2, LENGTH) for one in found)
 
 
 @pytest.mark.parametrize("softmax_layers", [[], [1]])
@@ -95,15 +99,18 @@ def test_the_original_reads_a_row_with_gaps_as_one_text(softmax_layers):
 
 def test_limit():
     config = make_config("llama", max_position_embeddings=1000)
-    assert position_limit(config, 100, None) == 400
-    assert position_limit(config, 300, None) == 1000, "no more than the model knows"
-    assert position_limit(config, 100, 0) == 0
-    assert position_limit(config, 100, 1000) == 1000
+    assert position_limit(config, 100, None, "transfer") == 400
+    assert position_limit(config, 300, None, "transfer") == 1000, "no more than the model knows"
+    assert position_limit(config, 100, 0, "transfer") == 0
+    assert position_limit(config, 100, 1000, "transfer") == 1000
     with pytest.raises(LinearizeError, match=r"transfer\.positions: 1001, and the model knows 1000"):
-        position_limit(config, 100, 1001)
+        position_limit(config, 100, 1001, "transfer")
+    for positions in (1, 100):
+        with pytest.raises(LinearizeError, match=rf"distill\.positions: {positions} leave no room .* of 100 tokens"):
+            position_limit(config, 100, positions, "distill")
     unlimited = SimpleNamespace()  # a model without such a number
-    assert position_limit(unlimited, 300, None) == 1200
-    assert position_limit(unlimited, 300, 5000) == 5000
+    assert position_limit(unlimited, 300, None, "transfer") == 1200
+    assert position_limit(unlimited, 300, 5000, "transfer") == 5000
 
 
 def test_more_positions_than_the_model_knows_are_refused_before_training(tmp_path):
@@ -138,3 +145,37 @@ def test_gaps_teach_what_longer_rows_ask_for(tmp_path):
     without, given = far_loss(0, tmp_path / "without"), far_loss(384, tmp_path / "given")
     print(without, given)
     assert given < 0.9 * without
+
+
+@pytest.mark.parametrize("role", ["default", "control", "window"])
+def test_teacher_and_learner_read_the_same_positions(tmp_path, role):
+    seen: list = []
+    given = {"kl_weight": 1.0, "ce_weight": 0.5, "lora_rank": 2}
+    options = DistillOptions(budget=Budget(steps=4), **given)
+    run_distill(make_hooked(seen), TokenRows(1, LENGTH), options, tmp_path / "a", role=role)
+    taught, learned = seen[::2], seen[1::2]
+    assert len(taught) == len(learned) == 4
+    assert all(a is b or torch.equal(a, b) for a, b in zip(taught, learned, strict=True))
+    assert any(int(x.max()) >= LENGTH for x in taught if x is not None), (
+        "four times the row's length, if nothing is said"
+    )
+    seen.clear()
+    options = DistillOptions(budget=Budget(steps=4), positions=0, **given)
+    run_distill(make_hooked(seen), TokenRows(1, LENGTH), options, tmp_path / "b", role=role)
+    assert len(seen) == 8
+    assert all(x is None for x in seen)
+
+
+def make_hooked(seen: list):
+    student = make_student("llama", "normalizer")
+    student.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given.get("position_ids")), with_kwargs=True
+    )
+    return student
+
+
+def test_longer_rows_have_no_gaps_unless_asked(tmp_path):
+    student, options = make_student("llama", "normalizer"), ExtendOptions(budget=Budget(steps=1))
+    assert options.positions == 0
+    with pytest.raises(LinearizeError, match=r"extend\.positions: 16385, and the model knows 16384"):
+        run_distill(student, TokenRows(1, LENGTH), replace(options, positions=16385), tmp_path, stage="extend")
