@@ -22,7 +22,7 @@ from linearize.errors import LinearizeError
 __all__ = ["position_limit", "spread_positions"]
 
 SPREAD = 4  # positions a token of a row, where nothing is said
-PLAIN = 0.2  # share of the batches that stay as they are
+PLAIN = 0.2  # share of the rows that stay as they are
 PIECES = 4  # a row's tokens without a gap between them
 
 
@@ -49,33 +49,40 @@ def position_limit(config: Any, seq_len: int, positions: int | None, stage: str)
 
 
 def spread_positions(batch: Batch, limit: int) -> Batch:
-    """`batch` with gaps in its rows' positions, which stay below `limit`; the gaps depend on nothing but its tokens.
+    """`batch` with gaps in its rows' positions, which stay below `limit`.
 
-    A row is cut into pieces at random places. The first keeps its positions, and with them the sinks theirs; the last
-    is moved by a random distance, on a scale of `limit` or half of it, the others by less, in order. Batches in which
-    some row has several documents stay as they are: there a jump in the positions means another document.
+    A row is cut into pieces at random places. The first begins at 0, so sinks stay what they are; the last is moved by
+    a random distance, on a scale of `limit` or half of it, the others by less, in order. What is random depends on the
+    row's tokens alone: it is the same in another batch, another process and a run that goes on. A batch in which some
+    row has several documents stays as it is: there a jump in the positions means another document.
 
     Returns:
         `batch` itself, or with `position_ids` (B, T) and an `attention_mask`, which says that a row is one text.
     """
     tokens = batch["input_ids"]
-    length = tokens.shape[1]
-    told = b"positions" + tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()
-    draw = random.Random(hashlib.sha256(told).digest())
-    if "position_ids" in batch or limit <= length or length < PIECES or draw.random() < PLAIN:
+    if "position_ids" in batch or limit <= 0:
         return batch
-    rows = [_positions(length, limit, draw) for _ in range(len(tokens))]
-    spread = {"position_ids": torch.stack(rows).to(tokens.device)}
-    return batch | spread | {"attention_mask": batch.get("attention_mask", torch.ones_like(tokens))}
+    mask = batch.get("attention_mask", torch.ones_like(tokens))
+    positions = torch.zeros_like(tokens)
+    gaps = False
+    for row, real, places in zip(tokens, mask.bool(), positions):
+        found = _positions(row[real].tolist(), limit)
+        gaps = gaps or int(found[-1]) >= len(found)
+        places[real] = found.to(places.device)
+    return batch | {"position_ids": positions, "attention_mask": mask} if gaps else batch
 
 
-def _positions(length: int, limit: int, draw: random.Random) -> Tensor:
-    """(T,) int64, rising, from 0 to below `limit`."""
+def _positions(tokens: list[int], limit: int) -> Tensor:
+    """Of one text, (T,) int64, rising from 0."""
+    length = len(tokens)
+    positions = torch.arange(length)
+    draw = random.Random(hashlib.sha256(f"positions {tokens}".encode()).digest())
+    if length >= limit or length < PIECES or draw.random() < PLAIN:
+        return positions
     room = (limit if draw.random() < 0.5 else max(limit // 2, length)) - length
     last = draw.randint(0, room)
     shifts = sorted(draw.randint(0, last) for _ in range(PIECES - 2))
     cuts = sorted(draw.sample(range(1, length), PIECES - 1))
-    positions = torch.arange(length)
     before = 0
     for cut, shift in zip(cuts, [*shifts, last]):
         positions[cut:] += shift - before
