@@ -1,13 +1,16 @@
 """The trained student that comes with the sources still loads and still is what its README says."""
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from linearize import original_attention
+from linearize.benchmarks.sweep import table
 from linearize.convert import base_model, state_off
 from linearize.distill.data import build_stream
 from linearize.distill.logit_losses import kl_divergence
@@ -61,3 +64,11 @@ def test_its_layers_are_those_of_its_recipe(student) -> None:
     from linearize.distill.recipe import load_recipe
 
     assert base_model(student[0]).config.linearize == load_recipe(RESULTS / "student-25.yaml").convert.to_dict()
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("sweep*.json")), ids=lambda file: file.stem)
+def test_a_sweeps_page_is_what_its_measurements_say(file) -> None:
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == table(result)
+    asked = yaml.safe_load(file.with_suffix(".yaml").read_text(encoding="utf-8"))["variants"]
+    assert [variant["name"] for variant in result["variants"]] == list(asked)
