@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linearize.console import note
+from linearize.distill import processes
 from linearize.distill.encoding import Encoded, encode
 from linearize.distill.options import DataOptions, Source
 from linearize.distill.sources import Documents, FixedDocuments, Part, open_documents
@@ -33,7 +34,8 @@ position_ids: 0 at every document's first token and up by 1 from there, where so
     that goes on with a document of the row before begins at 0 too.
 loss_mask: 1 on tokens that count as targets of end-to-end losses, where some real token does not (a chat's questions).
 
-attention_mask and position_ids are never together. `model_inputs` leaves out what is not for the model.
+A stream never gives attention_mask and position_ids together; `linearize.distill.positions` does, for rows of one
+document with gaps in their positions. `model_inputs` leaves out what is not for the model.
 """
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -75,7 +77,9 @@ def build_stream(
     sources, opened = [], []
     for source in options.sources:
         if source.kind != "generated":
-            documents = open_documents(source, part, options.held_out, options.seq_len, options.packing)
+            # Where a long document makes several rows, passages may be long.
+            form = options.packing if shortest <= SHORTEST_DOCUMENT else "packed"
+            documents = open_documents(source, part, options.held_out, options.seq_len, form)
         elif part == "train":
             documents = _generated(source, options, tokenizer, seed, teacher, cache_dir)
         else:
@@ -121,7 +125,7 @@ class TokenStream(Iterator[Batch]):
         told = [
             [options.seq_len, options.batch_size, options.packing, seed, part, len(tokenizer)],
             [[source.kind, source.weight, docs.signature] for source, docs in zip(sources, documents)],
-            self._shortest,
+            *([self._shortest] if self._shortest > SHORTEST_DOCUMENT else []),
         ]
         self._fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -214,30 +218,31 @@ class TokenStream(Iterator[Batch]):
                 if found >= needed and counted:
                     break
             else:
+                if self._shortest > SHORTEST_DOCUMENT:
+                    short.append(reader)
+                    continue
                 if found >= needed:
                     raise LinearizeError(
                         f"data source {reader.name}: none of its chats has an answer, a message of role 'assistant' "
                         "that is not empty; give chats that have, or set the source's loss to all"
                     )
-                if self._shortest > SHORTEST_DOCUMENT:
-                    short.append(reader)
-                    continue
                 raise LinearizeError(
                     f"data source {reader.name}: its train part has {found} tokens, one row needs {needed}; "
                     f"give more text, or lower data.seq_len or data.held_out ({self._options.held_out})"
                 )
         if len(short) == len(self._readers):
             raise LinearizeError(
-                f"data: no document of {', '.join(reader.name for reader in short)} has {self._shortest} tokens, which "
-                f"rows of up to {self._options.seq_len} are for; give longer documents, lower data.seq_len, or leave "
-                "the stage out"
+                f"data: no document of {', '.join(reader.name for reader in short)} has {self._shortest} tokens and "
+                f"something to learn, as rows of up to {self._options.seq_len} ask for; give longer documents, lower "
+                "data.seq_len, or leave the stage out"
             )
         for reader in short:
             self._readers.remove(reader)
-            note(
-                f"data source {reader.name}: none of its documents has {self._shortest} tokens; not drawn from for "
-                f"rows of up to {self._options.seq_len}"
-            )
+            if processes.rank() == 0:
+                note(
+                    f"data source {reader.name}: none of its documents has {self._shortest} tokens and something to "
+                    f"learn; not drawn from for rows of up to {self._options.seq_len}"
+                )
 
     def _row(self) -> "_Row":
         reader = min(self._readers, key=lambda reader: reader.drawn / reader.weight)

@@ -125,13 +125,13 @@ def run_distill(
     segment = options.segment if isinstance(options, ExtendOptions) else None
 
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
-        batch = spread_positions(batch, limit)
-        told = _teach(teacher, batch, options, cache) if options.kl_weight else None
         sums: StepLosses = {}
-        with trained(batch), _checkpointing(model, options.checkpointing):
-            for losses in distill_losses(model, told, batch, options, segment):
-                backward(losses["loss"])
-                sums = {key: sums.get(key, 0.0) + x.detach() for key, x in losses.items()}
+        for part, share in spread_positions(batch, limit):
+            told = _teach(teacher, part, options, cache) if options.kl_weight else None
+            with trained(part), _checkpointing(model, options.checkpointing):
+                for losses in distill_losses(model, told, part, options, segment):
+                    backward(losses["loss"] * share)
+                    sums = {key: sums.get(key, 0.0) + x.detach() * share for key, x in losses.items()}
         return sums
 
     outcome = train(

@@ -137,7 +137,7 @@ class TransferOptions(Record):
             batches of them, from one forward pass; 0 leaves them as converted.
         positions: rows are read with gaps in their positions, which then run up to so many: what is taught is right
             far beyond a row's own length. `None` means four times `data.seq_len`, and no more than the model knows;
-            0 leaves no gaps. Batches with rows of several documents have none.
+            0 leaves no gaps. Rows of several documents have none, nor has a model under flash attention.
         local_steps: how often a layer learns from a batch while it has it; the teacher's pass is shared by them.
         lr: peak learning rate of Adam.
         warmup: share of the budget over which the learning rate rises.

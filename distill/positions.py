@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.distill import processes
 from linearize.distill.data import Batch
 from linearize.errors import LinearizeError
 
@@ -28,12 +29,22 @@ PIECES = 4  # a row's tokens without a gap between them
 
 def position_limit(config: Any, seq_len: int, positions: int | None, stage: str) -> int:
     """Below which positions the gaps stay: `positions`, or if None SPREAD for each of a row's `seq_len` tokens, and no
-    more than a model of this transformers config knows.
+    more than a model of this transformers config knows. Under flash attention, which takes a gap in a row alone for
+    another document, None is 0: no gaps.
 
     Raises:
-        LinearizeError: `positions` is more than the model knows, or leaves no room for a gap; names `stage`.
+        LinearizeError: `positions` is more than the model knows, leaves no room for a gap, or meets flash attention;
+            names `stage`.
     """
     known = getattr(config, "max_position_embeddings", None)
+    attention = str(getattr(config, "_attn_implementation", None))
+    if "flash" in attention and positions:
+        raise LinearizeError(
+            f"{stage}.positions: {positions}, and {attention} takes a gap for another document; load the model with "
+            "attn_implementation='sdpa', or set it to 0"
+        )
+    if "flash" in attention:
+        return 0
     if positions is None:
         return min(SPREAD * seq_len, known or SPREAD * seq_len)
     if known is not None and positions > known:
@@ -48,20 +59,46 @@ def position_limit(config: Any, seq_len: int, positions: int | None, stage: str)
     return positions
 
 
-def spread_positions(batch: Batch, limit: int) -> Batch:
+def spread_positions(batch: Batch, limit: int) -> list[tuple[Batch, float]]:
     """`batch` with gaps in its rows' positions, which stay below `limit`.
 
     A row is cut into pieces at random places. The first begins at 0, so sinks stay what they are; the last is moved by
     a random distance, on a scale of `limit` or half of it, the others by less, in order. What is random depends on the
-    row's tokens alone: it is the same in another batch, another process and a run that goes on. A batch in which some
-    row has several documents stays as it is: there a jump in the positions means another document.
+    row's tokens alone: it is the same in another batch, another process and a run that goes on. A row of several
+    documents stays as it is: there a jump in the positions means another document.
 
     Returns:
-        `batch` itself, or with `position_ids` (B, T) and an `attention_mask`, which says that a row is one text.
+        Parts, each with its share of the rows: `batch` itself, or rows with `position_ids` (B, T) and an
+        `attention_mask`, which says that each is one text, and apart from them the rows of several documents. In every
+        process of a run there are as many, as sharded weights ask for.
     """
+    parts = [batch] if limit <= 0 else _parts(batch, limit)
+    if len(parts) < processes.greatest(len(parts), batch["input_ids"].device):
+        parts = [_rows(parts[0], slice(0, 1)), _rows(parts[0], slice(1, None))]
+    rows = sum(len(part["input_ids"]) for part in parts)
+    return [(part, len(part["input_ids"]) / rows) for part in parts]
+
+
+def _parts(batch: Batch, limit: int) -> list[Batch]:
+    """Rows of one document, with gaps, and the others, as far as there are both."""
+    if "position_ids" not in batch:
+        return [_with_gaps(batch, limit)]
+    alone = (batch["position_ids"].diff(dim=1) == 1).all(1)
+    if not alone.any():
+        return [batch]
+    single = _rows(batch, alone)
+    del single["position_ids"]
+    spread = _with_gaps(single, limit)
+    return [batch] if spread is single else [spread, _rows(batch, ~alone)]
+
+
+def _rows(batch: Batch, which: Tensor | slice) -> Batch:
+    return {name: x[which] for name, x in batch.items()}
+
+
+def _with_gaps(batch: Batch, limit: int) -> Batch:
+    """`batch`, whose rows are one document each, with positions; itself where no row gets a gap."""
     tokens = batch["input_ids"]
-    if "position_ids" in batch or limit <= 0:
-        return batch
     mask = batch.get("attention_mask", torch.ones_like(tokens))
     positions = torch.zeros_like(tokens)
     gaps = False

@@ -64,7 +64,7 @@ def run_transfer(
     processes.open_accelerator()
     if options.calibration_tokens and agreed_checkpoint(folder / "checkpoints" / "transfer") is None:
         position = stream.state_dict()
-        calibrate(base, stream, options.calibration_tokens, limit)
+        _calibrate(base, stream, options.calibration_tokens, limit)
         stream.load_state_dict(position)
     optimizer = Adam(parameters, mix_lr_scale)  # after calibration: masters are copies
 
@@ -73,8 +73,15 @@ def run_transfer(
         optimizer.zero_grad()
 
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
-        spread = spread_positions(batch, limit)
-        return transfer_step(base, spread, options.objective, backward, update, options.local_steps)
+        sums: StepLosses = {}
+        for part, share in spread_positions(batch, limit):
+
+            def shared(loss: Tensor, share: float = share) -> None:
+                backward(loss * share)
+
+            losses = transfer_step(base, part, options.objective, shared, update, options.local_steps)
+            sums = {key: sums.get(key, 0.0) + x * share for key, x in losses.items()}
+        return sums
 
     outcome = train(
         "transfer",
@@ -152,18 +159,22 @@ def calibrate(model: Any, stream: TokenStream, tokens: int, positions: int | Non
     base = base_model(model)
     switch_of(base)  # an error of its own where nothing is converted
     check_taught(next(iter(converted_layers(base).values())).linearize_config, stream.seq_len, "calibrate")
-    limit = position_limit(base.config, stream.seq_len, positions, "calibrate")
+    return _calibrate(base, stream, tokens, position_limit(base.config, stream.seq_len, positions, "calibrate"))
+
+
+def _calibrate(base: Any, stream: TokenStream, tokens: int, limit: int) -> dict[int, list[float]]:
     device = base.get_input_embeddings().weight.device
     batches: list[Batch] = []
     drawn = 0
     while not batches or drawn < tokens:
         batches.append({key: x.to(device) for key, x in next(stream).items()})
         drawn += int(batches[-1].get("attention_mask", torch.ones_like(batches[-1]["input_ids"])).sum())
-    calibration = Calibration(len(batches))
+    parts = [part for batch in batches for part, _ in spread_positions(batch, limit)]
+    calibration = Calibration(len(parts))
     for parameter in added_parameters(base).values():
         parameter.requires_grad_(True)
-    for batch in batches:
-        observe(base, spread_positions(batch, limit), calibration)
+    for part in parts:
+        observe(base, part, calibration)
     calibration.finish()
     return calibration.losses
 

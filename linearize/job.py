@@ -35,6 +35,7 @@ from linearize.distill.disk import writing
 from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
 from linearize.distill.options import Budget, DistillOptions, ExtendOptions
+from linearize.distill.positions import position_limit
 from linearize.distill.recipe import Recipe, dump_recipe
 from linearize.distill.sharding import wants_sharding
 from linearize.distill.tracking import tracked
@@ -255,12 +256,17 @@ class Job:
 
     def _student(self) -> Path:
         model, _ = load_model(self.recipe.model, self._dtype, self._device)
-        stream = self._stream(model)
+        short = self._stream(model)
+        # What does not fit is found now, not after hours of the stages before.
+        streams = [
+            self._stream(model, options.seq_len) if isinstance(options, ExtendOptions) else short
+            for _, options in self.stages
+        ]
+        for (stage, options), stream in zip(self.stages, streams):
+            position_limit(model.config, stream.seq_len, options.positions, stage)
         torch.manual_seed(self.recipe.seed)
         convert(model, self.recipe.convert)
-        short = stream
-        for index, (stage, options) in enumerate(self.stages):
-            stream = self._stream(model, options.seq_len) if isinstance(options, ExtendOptions) else short
+        for index, ((stage, options), stream) in enumerate(zip(self.stages, streams)):
             # Those trained beside the student read on from the same place.
             self._progress["streams"].setdefault(stage, stream.state_dict())
             self._write_progress()

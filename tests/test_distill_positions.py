@@ -20,7 +20,14 @@ GAPS = 1  # a seed of tokens that get gaps
 
 
 def spread(seed: int, batch: int = 1, limit: int = LIMIT, length: int = LENGTH) -> torch.Tensor | None:
-    return spread_positions({"input_ids": make_tokens(batch, length, seed)}, limit).get("position_ids")
+    return whole({"input_ids": make_tokens(batch, length, seed)}, limit).get("position_ids")
+
+
+def whole(batch: dict, limit: int = LIMIT) -> dict:
+    """With gaps, as one part."""
+    ((found, share),) = spread_positions(batch, limit)
+    assert share == 1
+    return found
 
 
 def test_positions_rise_from_0_to_below_the_limit_in_few_pieces():
@@ -41,23 +48,23 @@ def test_positions_rise_from_0_to_below_the_limit_in_few_pieces():
 def test_gaps_depend_on_the_rows_tokens_alone(side):
     """Not on the rows beside it, nor on how far those pad it."""
     rows = make_tokens(6, LENGTH, 1)
-    together = spread_positions({"input_ids": rows}, LIMIT)["position_ids"]
+    together = whole({"input_ids": rows})["position_ids"]
     assert len({tuple(row.tolist()) for row in together}) > 3
     padded, mask = pad(torch.cat([rows, rows], dim=1), [LENGTH] * 6, side)
-    found = spread_positions({"input_ids": padded, "attention_mask": mask}, LIMIT)
+    found = whole({"input_ids": padded, "attention_mask": mask})
     assert torch.equal(found["attention_mask"], mask)
     for row, alone, several in zip(rows, together, range(6)):
         kept = padded[several][mask[several].bool()]
         assert torch.equal(kept, row)
         assert torch.equal(found["position_ids"][several][mask[several].bool()], alone)
-        single = spread_positions({"input_ids": row[None]}, LIMIT)
+        single = whole({"input_ids": row[None]})
         assert torch.equal(single.get("position_ids", torch.arange(LENGTH)[None])[0], alone)
 
 
 @pytest.mark.parametrize("limit", [0, LENGTH - 1, LENGTH])
 def test_no_room_for_gaps(limit):
     batch = {"input_ids": make_tokens(1, LENGTH)}
-    assert spread_positions(batch, limit) is batch
+    assert whole(batch, limit) is batch
 
 
 def test_smallest_room_and_shortest_rows():
@@ -70,14 +77,62 @@ def test_smallest_room_and_shortest_rows():
 def test_rows_of_several_documents_stay():
     positions = torch.cat([torch.arange(40), torch.arange(24)])[None]
     batch = {"input_ids": make_tokens(1, LENGTH, 1), "position_ids": positions}
-    assert spread_positions(batch, LIMIT) is batch
+    assert whole(batch) is batch
+
+
+def test_rows_of_several_documents_are_read_apart():
+    rows = make_tokens(3, LENGTH, GAPS)
+    positions = torch.arange(LENGTH).repeat(3, 1)
+    positions[1, 40:] -= 40
+    marks = torch.arange(3)[:, None].expand(-1, LENGTH)
+    parts = spread_positions({"input_ids": rows, "position_ids": positions, "loss_mask": marks}, LIMIT)
+    assert [share for _, share in parts] == [2 / 3, 1 / 3]
+    (single, _), (several, _) = parts
+    assert torch.equal(single["input_ids"], rows[[0, 2]])
+    assert torch.equal(single["position_ids"], whole({"input_ids": rows[[0, 2]]})["position_ids"])
+    assert torch.equal(several["position_ids"], positions[1:2])
+    assert "attention_mask" not in several
+    assert single["loss_mask"][:, 0].tolist() == [0, 2]
+    assert several["loss_mask"][:, 0].tolist() == [1]
+
+
+@pytest.mark.parametrize("stage", ["transfer", "distill"])
+def test_a_mixed_batch_teaches_as_its_rows_one_by_one(tmp_path, stage):
+    rows = make_tokens(2, LENGTH, GAPS)
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    positions[1, 40:] -= 40
+    batches = [{"input_ids": rows, "position_ids": positions}]
+    alone = [{"input_ids": rows[:1]}, {"input_ids": rows[1:], "position_ids": positions[1:]}]
+    found = []
+    for name, given, accumulation in (("both", batches, 1), ("alone", alone, 2)):
+        student = make_student("llama", "normalizer")
+        stream = Given(given)
+        if stage == "transfer":
+            options = TransferOptions(budget=Budget(steps=1), calibration_tokens=0)
+            outcome = run_transfer(student, stream, options, tmp_path / name, accumulation=accumulation)
+        else:
+            options = DistillOptions(budget=Budget(steps=1), lora_rank=2)
+            _, outcome = run_distill(student, stream, options, tmp_path / name, accumulation=accumulation)
+        found.append(outcome.first)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class Given(TokenRows):
+    """These batches, in turn."""
+
+    def __init__(self, batches):
+        super().__init__(len(batches[0]["input_ids"]), LENGTH)
+        self.batches = batches
+
+    def at(self, index):
+        return self.batches[index % len(self.batches)]
 
 
 @pytest.mark.parametrize("softmax_layers", [[], [1]])
 def test_the_original_reads_a_row_with_gaps_as_one_text(softmax_layers):
     """Without the mask a jump would mean another document to the original and to converted layers."""
     student = make_student("llama", "normalizer", softmax_layers=softmax_layers)
-    batch = spread_positions({"input_ids": make_tokens(2, LENGTH, GAPS)}, LIMIT)
+    batch = whole({"input_ids": make_tokens(2, LENGTH, GAPS)})
     assert (batch["position_ids"].diff(dim=1) > 1).any()
     seen = []
     observe(student, batch, seen.append)
@@ -106,6 +161,10 @@ def test_limit():
     for positions in (1, 100):
         with pytest.raises(LinearizeError, match=rf"distill\.positions: {positions} leave no room .* of 100 tokens"):
             position_limit(config, 100, positions, "distill")
+    flash = SimpleNamespace(_attn_implementation="flash_attention_2", max_position_embeddings=1000)
+    assert position_limit(flash, 100, None, "distill") == 0
+    with pytest.raises(LinearizeError, match=r"distill\.positions: 400, and flash_attention_2 takes a gap for another"):
+        position_limit(flash, 100, 400, "distill")
     unlimited = SimpleNamespace()  # a model without such a number
     assert position_limit(unlimited, 300, None, "transfer") == 1200
     assert position_limit(unlimited, 300, 5000, "transfer") == 5000
@@ -177,3 +236,12 @@ def test_longer_rows_have_no_gaps_unless_asked(tmp_path):
     assert options.positions == 0
     with pytest.raises(LinearizeError, match=r"extend\.positions: 16385, and the model knows 16384"):
         run_distill(student, TokenRows(1, LENGTH), replace(options, positions=16385), tmp_path, stage="extend")
+
+
+@pytest.mark.parametrize("known", [LENGTH, LENGTH // 2])
+def test_a_model_that_knows_no_more_than_a_row(tmp_path, known):
+    """Nothing was asked for, so nothing is refused."""
+    model = make_model("llama", max_position_embeddings=known)
+    convert(model, LinearizeConfig(window=8, sinks=2))
+    options = TransferOptions(budget=Budget(steps=1), calibration_tokens=64)
+    assert run_transfer(model, TokenRows(1, LENGTH), options, tmp_path).steps == 1
