@@ -423,6 +423,33 @@ class TestRefusals:
             Job(recipe(place), tmp_path / "notes.txt")
 
 
+class TestLongRows:
+    """What `extend` asks for is checked before the stages that come first."""
+
+    def stages(self, place: Path, **changes: Any) -> str:
+        stages = yaml.safe_load((place / "recipe.yaml").read_text())["stages"]
+        stages.append({"extend": {"budget": {"steps": 2}, "seq_len": 128, "segment": 64, "lora_rank": 2} | changes})
+        return f"stages={json.dumps(stages)}"
+
+    def test_short_documents(self, place: Path, tmp_path: Path):
+        chats = tmp_path / "chats.jsonl"
+        chats.write_text("".join(json.dumps({"text": f"{n} is a short one."}) + "\n" for n in range(60)))
+        settings = ["data.sources.0.kind=jsonl", f"data.sources.0.path={chats}", self.stages(place)]
+        with pytest.raises(LinearizeError, match=r"no document of jsonl .* has 64 tokens .* rows of up to 128"):
+            Job(recipe(place, *settings), tmp_path / "run").run(["student"])
+        assert not (tmp_path / "run" / "train.jsonl").exists()
+
+    def test_too_many_positions(self, place: Path, tmp_path: Path):
+        with pytest.raises(LinearizeError, match=r"extend\.positions: 10000000, and the model knows"):
+            Job(recipe(place, self.stages(place, positions=10_000_000)), tmp_path / "run").run(["student"])
+        assert not (tmp_path / "run" / "train.jsonl").exists()
+
+    def test_rows_are_full(self, place: Path, tmp_path: Path):
+        Job(recipe(place, self.stages(place)), tmp_path / "run").run(["student"])
+        lines = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
+        assert [x["tokens"] for x in lines if x.get("stage") == "extend"][-1] == 2 * 128
+
+
 def test_unknown_part(tmp_path: Path):
     with pytest.raises(
         LinearizeError, match="parts: 'studnt' is unknown; choose from student, control, window, evaluate"
