@@ -9,7 +9,7 @@ For LoRA and mixers that is what DDP does; DDP's own hooks do not fit a backward
 import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -59,6 +59,9 @@ def open_accelerator(**settings: Any) -> Accelerator:
     accelerator = Accelerator(**settings)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
+        if dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.barrier()  # who leaves first takes the meeting point along, and others never hear the reason
         raise LinearizeError(
             f"accelerate: {launched} processes were launched, but no GPU is visible here and each would train alone; "
             "set ACCELERATE_USE_CPU=true to train on CPUs"
