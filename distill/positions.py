@@ -38,12 +38,12 @@ def position_limit(config: Any, seq_len: int, positions: int | None, stage: str)
     """
     known = getattr(config, "max_position_embeddings", None)
     attention = str(getattr(config, "_attn_implementation", None))
-    if "flash" in attention and positions:
-        raise LinearizeError(
-            f"{stage}.positions: {positions}, and {attention} takes a gap for another document; load the model with "
-            "attn_implementation='sdpa', or set it to 0"
-        )
     if "flash" in attention:
+        if positions:
+            raise LinearizeError(
+                f"{stage}.positions: {positions}, and {attention} takes a gap for another document; load the model "
+                "with attn_implementation='sdpa', or set it to 0"
+            )
         return 0
     if positions is None:
         return min(SPREAD * seq_len, known or SPREAD * seq_len)
@@ -72,10 +72,13 @@ def spread_positions(batch: Batch, limit: int) -> list[tuple[Batch, float]]:
         `attention_mask`, which says that each is one text, and apart from them the rows of several documents. In every
         process of a run there are as many, as sharded weights ask for.
     """
-    parts = [batch] if limit <= 0 else _parts(batch, limit)
-    if len(parts) < processes.greatest(len(parts), batch["input_ids"].device):
+    rows = len(batch["input_ids"])
+    if limit <= 0:
+        return [(batch, 1.0)]
+    parts = _parts(batch, limit)
+    # A single row is one part everywhere; more may be two in another process.
+    if rows > 1 and len(parts) < processes.greatest(len(parts), batch["input_ids"].device):
         parts = [_rows(parts[0], slice(0, 1)), _rows(parts[0], slice(1, None))]
-    rows = sum(len(part["input_ids"]) for part in parts)
     return [(part, len(part["input_ids"]) / rows) for part in parts]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from linearize import LinearizeError, convert, original_attention
 from linearize.config import LinearizeConfig
+from linearize.distill import processes
 from linearize.distill.end_to_end import run_distill
 from linearize.distill.options import Budget, DistillOptions, ExtendOptions, TransferOptions
 from linearize.distill.positions import PLAIN, position_limit, spread_positions
@@ -53,10 +54,9 @@ def test_gaps_depend_on_the_rows_tokens_alone(side):
     padded, mask = pad(torch.cat([rows, rows], dim=1), [LENGTH] * 6, side)
     found = whole({"input_ids": padded, "attention_mask": mask})
     assert torch.equal(found["attention_mask"], mask)
-    for row, alone, several in zip(rows, together, range(6)):
-        kept = padded[several][mask[several].bool()]
-        assert torch.equal(kept, row)
-        assert torch.equal(found["position_ids"][several][mask[several].bool()], alone)
+    for row, alone, beside, positions, real in zip(rows, together, padded, found["position_ids"], mask.bool()):
+        assert torch.equal(beside[real], row)
+        assert torch.equal(positions[real], alone)
         single = whole({"input_ids": row[None]})
         assert torch.equal(single.get("position_ids", torch.arange(LENGTH)[None])[0], alone)
 
@@ -94,6 +94,19 @@ def test_rows_of_several_documents_are_read_apart():
     assert "attention_mask" not in several
     assert single["loss_mask"][:, 0].tolist() == [0, 2]
     assert several["loss_mask"][:, 0].tolist() == [1]
+
+
+def test_as_many_parts_as_in_another_process(monkeypatch):
+    """With sharded weights every process must make as many passes, whatever its rows."""
+    batch = {"input_ids": make_tokens(3, LENGTH, GAPS)}
+    together = whole(batch)
+    monkeypatch.setattr(processes, "greatest", lambda parts, device: 2)
+    parts = spread_positions(batch, LIMIT)
+    assert [share for _, share in parts] == [1 / 3, 2 / 3]
+    for name, x in together.items():
+        assert torch.equal(torch.cat([part[name] for part, _ in parts]), x)
+    assert len(spread_positions({"input_ids": batch["input_ids"][:1]}, LIMIT)) == 1
+    assert len(spread_positions(batch, 0)) == 1
 
 
 @pytest.mark.parametrize("stage", ["transfer", "distill"])
@@ -200,7 +213,6 @@ def far_loss(positions: int, folder) -> float:
 
 def test_gaps_teach_what_longer_rows_ask_for(tmp_path):
     without, given = far_loss(0, tmp_path / "without"), far_loss(384, tmp_path / "given")
-    print(without, given)
     assert given < 0.9 * without
 
 
