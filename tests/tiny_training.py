@@ -50,6 +50,13 @@ class TokenRows:
         self.drawn = state["drawn"]
 
 
+class OneText(TokenRows):
+    """The same batch again and again: what random weights can learn of random tokens in a few steps."""
+
+    def at(self, index: int) -> dict[str, torch.Tensor]:
+        return super().at(0)
+
+
 def log_lines(folder: Path) -> list[dict[str, Any]]:
     """What train.jsonl holds."""
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
