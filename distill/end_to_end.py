@@ -23,7 +23,6 @@ from linearize.distill.data import Batch, TokenStream, model_inputs
 from linearize.distill.logit_losses import Listed, list_likeliest, logit_losses, rows_of
 from linearize.distill.loop import Outcome, StepLosses, train
 from linearize.distill.options import DistillOptions, ExtendOptions
-from linearize.distill.positions import position_limit, spread_positions
 from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
 from linearize.errors import LinearizeError
@@ -74,8 +73,8 @@ def run_distill(
 
     Raises:
         LinearizeError: a model that is not converted, patterns that match no parameter, LoRA targets that name no
-            module, a LoRA unlike the one it goes on with, another role than the student's without LoRA, a
-            teacher_cache of the whole vocabulary, or more positions than the model knows.
+            module, a LoRA unlike the one it goes on with, another role than the student's without LoRA, or a
+            teacher_cache of the whole vocabulary.
     """
     switch_of(model)  # an error of its own where nothing is converted
     stage = stage or STAGE_OF[role]
@@ -88,7 +87,6 @@ def run_distill(
     if role == CONTROL and options.kl_weight and not options.ce_weight:
         # KL to oneself is 0 from the start: the control of pure distillation learns from the text itself.
         options = replace(options, kl_weight=0.0, ce_weight=1.0)
-    limit = position_limit(base_model(model).config, stream.seq_len, options.positions, stage)
     model.requires_grad_(False)
     if options.train == "lora":
         model = _with_lora(model, options, role)
@@ -126,12 +124,11 @@ def run_distill(
 
     def step(batch: Batch, backward: Callable[[Tensor], None]) -> StepLosses:
         sums: StepLosses = {}
-        for part, share in spread_positions(batch, limit):
-            told = _teach(teacher, part, options, cache) if options.kl_weight else None
-            with trained(part), _checkpointing(model, options.checkpointing):
-                for losses in distill_losses(model, told, part, options, segment):
-                    backward(losses["loss"] * share)
-                    sums = {key: sums.get(key, 0.0) + x.detach() * share for key, x in losses.items()}
+        told = _teach(teacher, batch, options, cache) if options.kl_weight else None
+        with trained(batch), _checkpointing(model, options.checkpointing):
+            for losses in distill_losses(model, told, batch, options, segment):
+                backward(losses["loss"])
+                sums = {key: sums.get(key, 0.0) + x.detach() for key, x in losses.items()}
         return sums
 
     outcome = train(

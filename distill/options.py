@@ -171,7 +171,6 @@ class DistillOptions(Record):
         temperature: both logits are divided by it before the KL.
         teacher_cache: a folder that keeps the teacher's top_k tokens of every batch, for further runs on the same
             text; `None` asks the teacher each time.
-        positions: as in transfer, for student, teacher and rows trained beside the student; none, if nothing is said.
         window_dropout: probability with which a layer sees, in one batch, a half or a quarter of its window or none.
         train: `"lora"`, or patterns of parameter names (as in a shell: `*`, `?`) that are trained in full.
         lora_rank: rank of the LoRA matrices.
@@ -192,7 +191,6 @@ class DistillOptions(Record):
     top_k: int | None = option(None, least=1)
     temperature: float = option(1.0, above=0)
     teacher_cache: str | None = None
-    positions: int | None = option(0, least=0)
     window_dropout: float = option(0.0, least=0, most=1)
     train: Literal["lora"] | tuple[str, ...] = "lora"
     lora_rank: int = option(8, least=1)
@@ -220,14 +218,12 @@ class ExtendOptions(DistillOptions):
 
     Attributes:
         seq_len: tokens a row, instead of the data's.
-        positions: as in transfer, of these longer rows; none, if nothing is said.
         segment: truncated state passing: the student reads a row in segments of so many tokens, each from what the
             ones before left in state and window; gradients stay inside a segment, and so does the memory that they
             need. `None` reads the row at once.
     """
 
     seq_len: int = option(4096, least=2)
-    positions: int | None = option(0, least=0)
     segment: int | None = option(1024, least=1)
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from linearize.distill.data import SHORTEST_DOCUMENT, TokenStream, build_stream
 from linearize.distill.disk import writing
 from linearize.distill.end_to_end import CONTROL, STAGE_OF, STUDENT, WINDOW, run_distill
 from linearize.distill.loop import Outcome
-from linearize.distill.options import Budget, DistillOptions, ExtendOptions
+from linearize.distill.options import Budget, DistillOptions, ExtendOptions, TransferOptions
 from linearize.distill.positions import position_limit
 from linearize.distill.recipe import Recipe, dump_recipe
 from linearize.distill.sharding import wants_sharding
@@ -263,7 +263,8 @@ class Job:
             for _, options in self.stages
         ]
         for (stage, options), stream in zip(self.stages, streams):
-            position_limit(model.config, stream.seq_len, options.positions, stage)
+            if isinstance(options, TransferOptions):
+                position_limit(model.config, stream.seq_len, options.positions, stage)
         torch.manual_seed(self.recipe.seed)
         convert(model, self.recipe.convert)
         for index, ((stage, options), stream) in enumerate(zip(self.stages, streams)):

@@ -27,7 +27,7 @@ VOCAB = 50
 
 
 def options(steps=3, **changes):
-    return DistillOptions(**({"positions": 0, "budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4} | changes))
+    return DistillOptions(**({"budget": Budget(steps=steps), "lr": 1e-2, "lora_rank": 4} | changes))
 
 
 def snapshot(model):

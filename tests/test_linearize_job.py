@@ -440,8 +440,9 @@ class TestLongRows:
         assert not (tmp_path / "run" / "train.jsonl").exists()
 
     def test_too_many_positions(self, place: Path, tmp_path: Path):
-        with pytest.raises(LinearizeError, match=r"extend\.positions: 10000000, and the model knows"):
-            Job(recipe(place, self.stages(place, positions=10_000_000)), tmp_path / "run").run(["student"])
+        settings = [self.stages(place), "stages.0.transfer.positions=10000000"]
+        with pytest.raises(LinearizeError, match=r"transfer\.positions: 10000000, and the model knows"):
+            Job(recipe(place, *settings), tmp_path / "run").run(["student"])
         assert not (tmp_path / "run" / "train.jsonl").exists()
 
     def test_rows_are_full(self, place: Path, tmp_path: Path):
