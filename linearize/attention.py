@@ -45,12 +45,14 @@ class Switch:
             original's attention returns it, (B, H, T, V), before the output projection: a layer does not do it twice.
         windows: for some layers, another window than the config's; 0 reads nothing but the state where there is one.
             For training without a cache, whose layout depends on the config's window.
+        few_rows: False leaves the projections of few rows on a CPU to PyTorch; see `linearize.projections`.
     """
 
     converted: bool = True
     far_share: float | None = None
     observer: Callable[[Observation], Tensor | None] | None = None
     windows: dict[int, int] = field(default_factory=dict)
+    few_rows: bool = True
 
 
 class Mix(nn.Module):
@@ -80,7 +82,10 @@ class Mix(nn.Module):
         dtype = accumulation_dtype(q)
         if self.weight is None:
             return self.bias.to(dtype)
-        return (q.to(dtype) @ self.weight.to(dtype)[..., None]).squeeze(-1) + self.bias.to(dtype)[:, None]
+        q, weight, bias = q.to(dtype), self.weight.to(dtype), self.bias.to(dtype)[:, None]
+        if q.shape[2] == 1:  # a token: fewer calls
+            return (q * weight[:, None]).sum(-1) + bias
+        return (q @ weight[..., None]).squeeze(-1) + bias
 
 
 class ConvertedAttention(nn.Module):

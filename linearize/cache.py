@@ -42,7 +42,7 @@ class NearFarLayer(CacheLayerMixin):
                 f"cache: it holds {self.memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
                 "reorder or repeat the cache first, or start a new one"
             )
-        held = self.memory.near_k.shape[2] // 2, self.memory.sink_k.shape[2], self.memory.state is not None
+        held = self.memory.near_k.shape[2] // 2, self.memory.sinks, self.memory.state is not None
         if held != (options["window"], options["sinks"], mixer is not None):
             raise LinearizeError(
                 f"cache: it was made with window {held[0]}, {held[1]} sinks and {'a' if held[2] else 'no'} state, "

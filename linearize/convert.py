@@ -15,6 +15,7 @@ from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry, family_of, geometry_of, own_window
 from linearize.kernels.near_far.documents import Documents, lay_out_documents
+from linearize.projections import install, remove
 
 __all__ = [
     "LayerPlan",
@@ -138,6 +139,7 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     for index in indices:
         original = getattr(layers[index], family.attention)
         setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
+    install(model, switch)
     decoder = model.get_submodule(family.decoder)
     hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
     cast(Any, model)._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
@@ -159,6 +161,7 @@ def revert(model: Any) -> Any:
     decoder_layers = base.get_submodule(family.layers)
     for index, layer in layers.items():
         setattr(decoder_layers[index], family.attention, layer.original)
+    remove(base)
     base._linearize[2].remove()
     del base._linearize
     base.__dict__.pop("_linearize_sample", None)

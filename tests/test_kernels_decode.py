@@ -13,8 +13,8 @@ from torch import Tensor
 from linearize.errors import LinearizeError
 from linearize.kernels.devices import TARGETS
 from linearize.kernels.launch import recording
-from linearize.kernels.near_far import Hedgehog, Memory, Mixer, near_far_reference, near_far_step
-from linearize.kernels.near_far.memory import _fold, _hidden_slots, _wide
+from linearize.kernels.near_far import Hedgehog, Memory, Mixer, near_far_reference, near_far_step, one_token
+from linearize.kernels.near_far.one_token import fold, wide
 from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops, decode_work
 from tests.mutations import mutated, replace_kernels
 from tests.near_far_cases import FAR, Functional, far_options, hedgehog, make_inputs
@@ -134,14 +134,50 @@ class TestRing:
                 for memory in memories:
                     memory.near_k[:, :, half], memory.near_v[:, :, half] = new[0] + mean_k, new[1] + mean_v / 2
                     memory.uniform = chunk * window
-                    _fold(memory, mixer, window=window, sinks=0)
+                    fold(memory, mixer, window=window, sinks=0)
                 tokens = (chunk - 1) * window
                 if tokens in (1024, 4096, 16384, 65536):
-                    exact, rounded = (mixer.read(_wide(m.state), phi_q)[0] for m in memories)
+                    exact, rounded = (mixer.read(wide(m.state), phi_q)[0] for m in memories)
                     errors[tokens] = float((rounded - exact).norm() / exact.norm())
         assert errors[1024] < errors[4096] < 3.9e-3
         assert errors[16384] > 1e-2
         assert errors[65536] > 0.1
+
+
+class TestOneToken:
+    """Its parts; the whole is compared with the definition in `TestMemory` and in test_kernels_near_far."""
+
+    @pytest.mark.parametrize(("window", "sinks"), [(4, 0), (4, 3), (4, 4), (3, 11), (1, 2)])
+    def test_what_is_hidden(self, window, sinks):
+        """By the definition: a query sees sinks before `start`, and every token from `start` on, in its slot."""
+        positions = torch.arange(20 * window)[:, None]
+        hidden = one_token._hidden(positions, window, sinks, torch.float64)
+        for position, row in zip(positions[:, 0].tolist(), hidden):
+            start = max(position // window - 1, 0) * window
+            seen = {j for j in range(sinks) if j < start}
+            seen |= {sinks + t % (2 * window) for t in range(start, position + 1)}
+            assert {j for j, x in enumerate(row.tolist()) if x == 0} == seen
+            assert all(x in (0, -torch.inf) for x in row.tolist())
+            alike = one_token._hidden_alike(position, window, sinks, torch.float64, torch.device("cpu"))
+            assert torch.equal(alike[0, 0, 0], row)
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("scale", [0.3, 30.0])
+    @pytest.mark.parametrize("last", [1, 3])
+    def test_one_call_on_a_cpu_is_softmax(self, monkeypatch, rows, scale, last):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(3, 2, n, 8, last, generator=generator, dtype=torch.float64)[..., 0] for n in (5, 11, 11))
+        hidden = torch.zeros(rows, 1, 1, 11, dtype=torch.float64)
+        hidden[..., 3:6] = -torch.inf
+        assert one_token._flash is not None, "this version of PyTorch has it"
+        out, lse = one_token._attend(q, k, v, hidden, scale, from_peak=False)
+        monkeypatch.setattr(one_token, "_flash", None)
+        expected, log_z = one_token._attend(q, k, v, hidden, scale, from_peak=False)
+        logits = scale * (q @ k.transpose(2, 3)) + hidden
+        assert_near(log_z, logits.logsumexp(-1))
+        assert_near(expected, logits.softmax(-1) @ v)
+        assert_near(out, expected)
+        assert_near(lse, log_z)
 
 
 def decode(q, k, v, memory, mixer, mix_logit, *, first=0, splits=None, **options) -> Tensor:
@@ -422,10 +458,10 @@ class TestStep:
     def test_addresses_stay(self, device):
         q, k, v, mixer, mix_logit = (x.to(device) for x in make_inputs((2, 2, 1, 40, 16, 16, 8, 3, 8), torch.float32))
         memory = Memory.empty(k, v, mixer, window=8, sinks=3)
-        tensors = (memory.near_k, memory.near_v, memory.sink_k, memory.sink_v, memory.lengths, *memory.state)
+        tensors = (memory.keys, memory.values, memory.lengths, *memory.state)
         for splits in (1, 2):
             decode(q, k, v, memory, mixer, mix_logit, window=8, sinks=3, splits=splits)
-        now = (memory.near_k, memory.near_v, memory.sink_k, memory.sink_v, memory.lengths, *memory.state)
+        now = (memory.keys, memory.values, memory.lengths, *memory.state)
         assert all(a is b for a, b in zip(tensors, now, strict=True))
         assert memory.lengths.tolist() == [80, 80]
         assert memory.uniform == 80
@@ -474,10 +510,10 @@ class TestBadInputs:
     def test_memory_that_is_not_contiguous(self, device):
         q, k, v, mixer, mix_logit = (x.to(device) for x in make_inputs((2, 2, 1, 4, 16, 16, 8, 3, 8), torch.float32))
         memory = Memory.empty(k, v, mixer, window=8, sinks=3)
-        memory.near_v = memory.near_v.transpose(2, 3).contiguous().transpose(2, 3)
+        memory.values = memory.values.transpose(2, 3).contiguous().transpose(2, 3)
         with pytest.raises(LinearizeError) as error:
             decode(q, k, v, memory, mixer, mix_logit, window=8, sinks=3)
-        assert str(error.value) == ("near_far_step: the memory's near_v is not contiguous; copy it with .contiguous()")
+        assert str(error.value) == ("near_far_step: the memory's values are not contiguous; copy it with .contiguous()")
 
 
 # One line of the kernels wrong, and the case that must notice.
@@ -589,7 +625,7 @@ class TestTraffic:
 
     def test_near_is_what_a_query_sees(self):
         positions = torch.arange(64, 128)
-        seen = (~_hidden_slots(positions, 16)).sum(-1) - 1  # without its own
+        seen = (one_token._hidden(positions[:, None], 16, 0, torch.float32) == 0).sum(-1) - 1  # without its own
         shape = DecodeShape(1, 1, 1, 16, 16, 16, 16, 0)
         assert float(seen.double().mean()) == shape.near
 

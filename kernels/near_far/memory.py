@@ -1,9 +1,10 @@
 """What decoding remembers of a row, in a constant number of bytes, and the step that reads and extends it.
 
-    near_k, near_v: (B, K, 2 W, .)   a ring: the token at position t lies in slot t mod 2 W
-    sink_k, sink_v: (B, K, S, .)     the first S tokens
-    state                            every token before start that is no sink
-    lengths                          real tokens seen, a row each
+    keys, values: (B, K, S + 2 W, .)
+        sink_k, sink_v   the first S: the row's first S tokens
+        near_k, near_v   the other 2 W, a ring: the token at position t lies in slot t mod 2 W
+    state                every token before start that is no sink
+    lengths              real tokens seen, a row each
 
 start is where the chunk before the newest token's chunk begins. Even chunks fill the ring's first half and odd ones
 its second, so nothing ever moves: when the next token begins chunk c >= 2, chunk c - 2, which lies in the half that
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from ..backends import choose_backend, log_once
 from .checks import check_inputs
-from .chunked import mix_near_far, near_far_rows, pad_to_chunks, softmax_lse
-from .mixers import Hedgehog, Mixer, Recurrent, State, accumulation_dtype, full_precision, near_part, state_obstacle
+from .chunked import near_far_rows, pad_to_chunks
+from .mixers import Hedgehog, Mixer, Recurrent, State, full_precision, near_part, state_obstacle
+from .one_token import one_token, wide
 from .pack import pack_rows, unpack_rows
 
 __all__ = ["Memory", "near_far_step"]
@@ -37,13 +39,32 @@ class Memory:
     Decoding one token without gradients changes the tensors in place, so that their addresses stay what they were.
     """
 
-    near_k: Tensor
-    near_v: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
+    keys: Tensor
+    values: Tensor
+    sinks: int
     state: State | None
     lengths: Tensor
     uniform: int | None
+
+    @property
+    def near_k(self) -> Tensor:
+        """(B, K, 2 W, D), a view."""
+        return self.keys[:, :, self.sinks :]
+
+    @property
+    def near_v(self) -> Tensor:
+        """(B, K, 2 W, V), a view."""
+        return self.values[:, :, self.sinks :]
+
+    @property
+    def sink_k(self) -> Tensor:
+        """(B, K, S, D), a view."""
+        return self.keys[:, :, : self.sinks]
+
+    @property
+    def sink_v(self) -> Tensor:
+        """(B, K, S, V), a view."""
+        return self.values[:, :, : self.sinks]
 
     @classmethod
     def empty(
@@ -66,17 +87,16 @@ class Memory:
 
         k = near_part(mixer, k)
 
-        def zeros(x: Tensor, tokens: int) -> Tensor:
-            return x.new_zeros(x.shape[0], x.shape[1], tokens, x.shape[3])
+        def zeros(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape[0], x.shape[1], sinks + 2 * window, x.shape[3])
 
         state = None if mixer is None else mixer.empty_state(k, v)
         if state is not None and state_dtype is not None:
             state = State(state.s.to(state_dtype), state.z)
         return cls(
-            near_k=zeros(k, 2 * window),
-            near_v=zeros(v, 2 * window),
-            sink_k=zeros(k, sinks),
-            sink_v=zeros(v, sinks),
+            keys=zeros(k),
+            values=zeros(v),
+            sinks=sinks,
             state=state,
             lengths=torch.zeros(k.shape[0], dtype=torch.long, device=k.device),
             uniform=0,
@@ -85,13 +105,11 @@ class Memory:
     def map(self, fn) -> "Memory":
         """A memory whose every tensor is `fn` of this one's: reordering rows, moving to a device."""
         state = None if self.state is None else State(*(fn(x) for x in self.state))
-        near_k, near_v, sink_k, sink_v = (fn(x) for x in (self.near_k, self.near_v, self.sink_k, self.sink_v))
-        return Memory(near_k, near_v, sink_k, sink_v, state, fn(self.lengths), self.uniform)
+        return Memory(fn(self.keys), fn(self.values), self.sinks, state, fn(self.lengths), self.uniform)
 
     def nbytes(self) -> tuple[int, int]:
         """(bytes of the near window and the sinks, bytes of the state)."""
-        near = sum(x.nbytes for x in (self.near_k, self.near_v, self.sink_k, self.sink_v))
-        return near, 0 if self.state is None else sum(x.nbytes for x in self.state)
+        return self.keys.nbytes + self.values.nbytes, 0 if self.state is None else sum(x.nbytes for x in self.state)
 
 
 def near_far_step(
@@ -132,7 +150,7 @@ def near_far_step(
                 from .triton_decode import triton_step
 
                 return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
-            return _one_token(q, k, v, memory, mixer, mix_logit, **options)
+            return one_token(q, k, v, memory, mixer, mix_logit, **options), memory
         return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
 
 
@@ -142,16 +160,15 @@ def _fits(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, 
         return False
     (batch, heads, new, size), kv_heads, value_size = q.shape, k.shape[1], v.shape[3]
     fits = (
-        q.dtype == k.dtype == v.dtype == memory.near_k.dtype == memory.near_v.dtype
-        and q.device == k.device == v.device == memory.near_k.device == memory.lengths.device
+        q.dtype == k.dtype == v.dtype == memory.keys.dtype == memory.values.dtype
+        and q.device == k.device == v.device == memory.keys.device == memory.lengths.device
         and kv_heads > 0
         and heads % kv_heads == 0
         and k.shape == (batch, kv_heads, new, size)
         and v.shape == (batch, kv_heads, new, value_size)
-        and memory.near_k.shape == (batch, kv_heads, 2 * window, size)
-        and memory.near_v.shape == (batch, kv_heads, 2 * window, value_size)
-        and memory.sink_k.shape == (batch, kv_heads, sinks, size)
-        and memory.sink_v.shape == (batch, kv_heads, sinks, value_size)
+        and memory.sinks == sinks
+        and memory.keys.shape == (batch, kv_heads, sinks + 2 * window, size)
+        and memory.values.shape == (batch, kv_heads, sinks + 2 * window, value_size)
         and memory.lengths.shape == (batch,)
         and (mixer is None) == (memory.state is None)
     )
@@ -166,12 +183,13 @@ def _complain(memory: Memory) -> None:
     """The error for what does not fit a memory, being right by itself."""
     from linearize.errors import LinearizeError
 
-    batch, kv_heads, slots, size = memory.near_k.shape
+    batch, kv_heads, slots, size = memory.keys.shape
     features = "no state" if memory.state is None else f"a state of {memory.state.s.shape[2]} features"
     raise LinearizeError(
-        f"near_far_step: the memory holds {batch} rows of {kv_heads} key heads, {memory.near_k.dtype} of {size} and "
-        f"{memory.near_v.shape[3]}, for window {slots // 2} and {memory.sink_k.shape[2]} sinks, with {features}, on "
-        f"{memory.near_k.device}; these keys and values, options or mixer are others: start with Memory.empty for them"
+        f"near_far_step: the memory holds {batch} rows of {kv_heads} key heads, {memory.keys.dtype} of {size} and "
+        f"{memory.values.shape[3]}, for window {(slots - memory.sinks) // 2} and {memory.sinks} sinks, with "
+        f"{features}, on {memory.keys.device}; these keys and values, options or mixer are others: start with "
+        "Memory.empty for them"
     )
 
 
@@ -239,7 +257,7 @@ def _many_tokens(
         mix_rows = pad_to_chunks(_append(None, mix_rows, filled, longest), window).squeeze(-1)
     rows = q_rows, k_rows, v_rows, sink_k, sink_v, mixer, mix_rows
     passed: dict[str, Any] = {"window": window, "mix": mix, "scale": scale, "start": start}
-    passed |= {"state": _wide(memory.state), "keep": skipped // window}
+    passed |= {"state": wide(memory.state), "keep": skipped // window}
     if triton:
         total = (filled + counts).expand_as(memory.lengths)
         with torch.no_grad():
@@ -255,133 +273,12 @@ def _many_tokens(
     if state is not None:
         assert memory.state is not None, "a memory made for a mixer has a state"
         state = State(*(x.to(old.dtype) for x, old in zip(state, memory.state, strict=True)))
-    near_k, near_v = (
-        _turn(_rows(x.detach(), skipped, 2 * window), next_start, window).contiguous() for x in (k_rows, v_rows)
+    keys, values = (
+        torch.cat([sink.detach(), _turn(_rows(x.detach(), skipped, 2 * window), next_start, window)], dim=2)
+        for sink, x in ((sink_k, k_rows), (sink_v, v_rows))
     )
     next_uniform = None if uniform is None else uniform + new
-    return out, Memory(near_k, near_v, sink_k.detach(), sink_v.detach(), state, lengths, next_uniform)
-
-
-def _one_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory: Memory,
-    mixer: Mixer | None,
-    mix_logit: Tensor | None,
-    *,
-    window: int,
-    sinks: int,
-    mix: str,
-    scale: float | None,
-) -> tuple[Tensor, Memory]:
-    """The decode step, in place: no concatenation, no copy of the window, key heads never repeated."""
-    _fold(memory, mixer, window=window, sinks=sinks)
-    _remember(memory, k, v)
-    position: int | Tensor = memory.lengths.clone() if memory.uniform is None else memory.uniform
-    memory.lengths.add_(1)
-    if memory.uniform is not None:
-        memory.uniform += 1
-
-    dtype = accumulation_dtype(q)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries = q.to(dtype).view(q.shape[0], kv_heads, heads // kv_heads, -1) * scale  # (B, K, G, D)
-    near_k, near_v, sink_k, sink_v = memory.near_k, memory.near_v, memory.sink_k, memory.sink_v
-    if isinstance(position, Tensor):
-        hidden = _hidden_slots(position, window)
-        start = (position // window - 1).clamp_min(0) * window
-        near_logits = queries @ near_k.to(dtype).transpose(-1, -2)
-        near_logits.masked_fill_(hidden[:, None, None], -torch.inf)
-        sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
-        inside = torch.arange(sinks, device=q.device) >= start[:, None]
-        sink_logits.masked_fill_(inside[:, None, None], -torch.inf)
-        far = True
-    else:
-        chunk, offset = position // window, position % window
-        # In an even chunk the rest of the first half, which is chunk c - 2, lies between the tokens that are seen.
-        between = chunk > 0 and chunk % 2 == 0
-        shown = 2 * window if between else position % (2 * window) + 1
-        near_k, near_v = near_k[:, :, :shown], near_v[:, :, :shown]
-        near_logits = queries @ near_k.to(dtype).transpose(-1, -2)
-        if between:
-            near_logits[..., offset + 1 : window] = -torch.inf
-        sink_count = min(sinks, max(chunk - 1, 0) * window)
-        sink_k, sink_v = sink_k[:, :, :sink_count], sink_v[:, :, :sink_count]
-        sink_logits = queries @ sink_k.to(dtype).transpose(-1, -2)
-        far = chunk >= 2
-    logits = torch.cat([sink_logits, near_logits], dim=-1)
-    weights, lse = softmax_lse(logits, mix == "peak")
-    sink_count = sink_logits.shape[-1]
-    out = weights[..., sink_count:] @ near_v.to(dtype)
-    if sink_count:
-        out = out + weights[..., :sink_count] @ sink_v.to(dtype)
-    out, lse = out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[..., None]
-    if mixer is not None and far:
-        phi_q = mixer.query_features(q).view(q.shape[0], kv_heads, heads // kv_heads, -1)
-        state = _wide(memory.state)
-        assert state is not None, "a memory made for a mixer has a state"
-        value, log_mass = mixer.read(state, phi_q)
-        value, log_mass = value.flatten(1, 2)[:, :, None], log_mass.flatten(1, 2)[:, :, None]
-        out = mix_near_far(out, lse, value, log_mass, mix_logit, mix)
-    return out.to(q.dtype), memory
-
-
-def _remember(memory: Memory, k: Tensor, v: Tensor) -> None:
-    """One new token of every row into its slot of the ring, and among the sinks where it is one of them."""
-    size, sinks = memory.near_k.shape[2], memory.sink_k.shape[2]
-    for x, near, sink in ((k, memory.near_k, memory.sink_k), (v, memory.near_v, memory.sink_v)):
-        if memory.uniform is not None:
-            near[:, :, memory.uniform % size] = x[:, :, 0]
-            if memory.uniform < sinks:
-                sink[:, :, memory.uniform] = x[:, :, 0]
-            continue
-        row = torch.arange(x.shape[0], device=x.device)
-        near[row, :, memory.lengths % size] = x[:, :, 0]
-        chosen = torch.arange(sinks, device=x.device) == memory.lengths[:, None]
-        sink.copy_(torch.where(chosen[:, None, :, None], x, sink))
-
-
-def _fold(memory: Memory, mixer: Mixer | None, *, window: int, sinks: int) -> None:
-    """In the rows whose next token begins a chunk c >= 2: chunk c - 2, which it will overwrite, into the state."""
-    if mixer is None:
-        return
-    assert memory.state is not None, "a memory made for a mixer has a state"
-    position: int | Tensor = memory.lengths if memory.uniform is None else memory.uniform
-    half = torch.arange(window, device=memory.near_k.device)
-    if isinstance(position, Tensor):
-        due = (position % window == 0) & (position >= 2 * window)
-        if not bool(due.any()):
-            return
-        slots = (position // window % 2 * window)[:, None] + half
-        first = position[:, None] - 2 * window
-        k, v = (
-            x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-            for x in (memory.near_k, memory.near_v)
-        )
-        kept = (first + half >= sinks) & due[:, None]
-        changed = due[:, None, None, None]
-    else:
-        if position % window or position < 2 * window:
-            return
-        slot = position // window % 2 * window
-        k, v = memory.near_k[:, :, slot : slot + window], memory.near_v[:, :, slot : slot + window]
-        kept = (position - 2 * window + half >= sinks)[None]
-        changed = None
-    phi_k = mixer.key_features(k) * kept[:, None, :, None]
-    before = _wide(memory.state)
-    assert before is not None
-    after = mixer.update(before, phi_k, v)
-    for old, new, where in zip(memory.state, after, (changed, None if changed is None else changed[..., 0])):
-        old.copy_(new if where is None else torch.where(where, new, old))
-
-
-def _hidden_slots(position: Tensor, window: int) -> Tensor:
-    """(B, 2 W): which slots of the ring a query at `position` (B,) does not see, its own token being there."""
-    slot = torch.arange(2 * window, device=position.device)
-    chunk, offset = (position // window)[:, None], (position % window)[:, None]
-    own = slot // window == chunk % 2
-    return torch.where(own, slot % window > offset, chunk == 0)
+    return out, Memory(keys, values, sinks, state, lengths, next_uniform)
 
 
 def _turn(x: Tensor, start: int | Tensor, window: int) -> Tensor:
@@ -391,11 +288,6 @@ def _turn(x: Tensor, start: int | Tensor, window: int) -> Tensor:
         return x.roll(window, 2) if start // window % 2 else x
     odd = (start // window % 2 == 1)[:, None, None, None]
     return torch.where(odd, x.roll(window, 2), x)
-
-
-def _wide(state: State | None) -> State | None:
-    """The state in the dtype it is added up and read in, which is its normaliser's."""
-    return None if state is None else State(state.s.to(state.z.dtype), state.z)
 
 
 def _start(length, window: int):

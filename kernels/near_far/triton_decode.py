@@ -151,9 +151,10 @@ def triton_step(
     s, z = (None, None) if mixer is None or memory.state is None else memory.state
     ring = {"near_k": memory.near_k, "near_v": memory.near_v, "sink_k": memory.sink_k, "sink_v": memory.sink_v}
     held: dict[str, Tensor | None] = {**ring, "lengths": memory.lengths, "state_s": s, "state_z": z}
-    for name, x in held.items():
+    whole = {"keys": memory.keys, "values": memory.values, "lengths": memory.lengths, "state_s": s, "state_z": z}
+    for name, x in whole.items():
         if x is not None and not x.is_contiguous():
-            raise LinearizeError(f"near_far_step: the memory's {name} is not contiguous; copy it with .contiguous()")
+            raise LinearizeError(f"near_far_step: the memory's {name} are not contiguous; copy it with .contiguous()")
     q, k, v = (last_contiguous(x) for x in (q, k, v))
 
     (batch, heads, _, head_dim), kv_heads, value_dim = q.shape, k.shape[1], v.shape[-1]

@@ -153,8 +153,8 @@ def _fold_chunk(
     if (position % WINDOW == 0) & (chunk >= 2):
         f = tl.arange(0, FOLD_F)
         w = weight + (owner % KV_HEADS) * D * HALF
-        keys = near_k + owner.to(tl.int64) * (2 * WINDOW * D)
-        values = near_v + owner.to(tl.int64) * (2 * WINDOW * V)
+        keys = near_k + owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * D)
+        values = near_v + owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * V)
         s = state_s + owner.to(tl.int64) * (2 * HALF * V)
         z = state_z + owner * (2 * HALF)
         for first in range(0, WINDOW, FOLD_N):
@@ -259,10 +259,11 @@ def decode_step(
     chunk = position // WINDOW
     offset = position % WINDOW
     own_slot = position % (2 * WINDOW)
-    near_k += owner.to(tl.int64) * (2 * WINDOW * D)
-    near_v += owner.to(tl.int64) * (2 * WINDOW * V)
-    sink_k += owner * (SINKS * D)
-    sink_v += owner * (SINKS * V)
+    # Sinks and ring of a key head lie beside each other.
+    near_k += owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * D)
+    near_v += owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * V)
+    sink_k += owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * D)
+    sink_v += owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * V)
     query = tl.load(
         q + row * q_row + head[:, None] * q_head + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0
     )

@@ -87,7 +87,7 @@ class Mixer(nn.Module):
         n = (phi_q * state.z[..., None, :]).sum(-1)
         tiny = torch.finfo(n.dtype).tiny
         safe = n.clamp_min(tiny)
-        log_mass = torch.where(n > tiny, safe.log(), -torch.inf)
+        log_mass = safe.log().masked_fill(n <= tiny, -torch.inf)
         return (phi_q @ state.s) / safe[..., None], log_mass
 
 

@@ -1,0 +1,163 @@
+"""The decode step in PyTorch: one new token of every row, in place, in few and large operations.
+
+At one token a step's time is that of its calls as much as of its bytes, so window and sinks are one list of keys and
+one softmax, and on a CPU one call does both products of it: PyTorch's own flash attention, which returns log Z beside
+the output. No key head is repeated, nothing is concatenated.
+
+Shape legend as in `chunked`.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .chunked import mix_near_far, softmax_lse
+from .mixers import Mixer, State, accumulation_dtype
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+__all__ = ["fold", "one_token", "wide"]
+
+# Returns (output, log Z); what scaled_dot_product_attention calls on a CPU, which keeps log Z to itself.
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def one_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: "Memory",
+    mixer: Mixer | None,
+    mix_logit: Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+    mix: str,
+    scale: float | None,
+) -> Tensor:
+    """Attention (B, H, 1, V) of one new token, which `memory` remembers in place. Arguments as in `near_far_step`."""
+    fold(memory, mixer, window=window, sinks=sinks)
+    position: int | Tensor = memory.lengths.clone() if memory.uniform is None else memory.uniform
+    _remember(memory, k, v, position)
+    memory.lengths.add_(1)
+    if memory.uniform is not None:
+        memory.uniform += 1
+
+    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    dtype = accumulation_dtype(q)
+    if isinstance(position, Tensor):
+        hidden, far = _hidden(position[:, None], window, sinks, dtype)[:, None, None], True
+    else:
+        hidden, far = _hidden_alike(position, window, sinks, dtype, q.device), position >= 2 * window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries = q.reshape(batch, kv_heads, heads // kv_heads, -1)  # (B, K, G, D): a group is rows of one matrix
+    out, lse = _attend(queries, memory.keys, memory.values, hidden, scale, from_peak=mix == "peak")
+    out, lse = out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+    if mixer is not None and far:
+        state = wide(memory.state)
+        assert state is not None, "a memory made for a mixer has a state"
+        phi_q = mixer.query_features(q).reshape(batch, kv_heads, heads // kv_heads, -1)
+        value, log_mass = mixer.read(state, phi_q)
+        value, log_mass = value.reshape(batch, heads, 1, -1), log_mass.reshape(batch, heads, 1)
+        out = mix_near_far(out, lse, value, log_mass, mix_logit, mix)
+    return out.to(q.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, from_peak: bool) -> tuple[Tensor, Tensor]:
+    """softmax(scale q.k + hidden) v and its log Z, less the largest logit where `from_peak`.
+
+    q: (B, K, G, D), k: (B, K, N, D), v: (B, K, N, V); hidden: 0 or -inf, (1 or B, 1, 1, N) ->
+    (B, K, G, V), (B, K, G).
+    """
+    dtype = hidden.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # in half precision it would round the weights as well
+    if q.device.type == "cpu" and _flash is not None and not from_peak and k.shape[-1] == v.shape[-1]:
+        # It reads past the end of rows whose last dimension is not contiguous.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return _flash(q, k, v, attn_mask=hidden, scale=scale)
+    logits = (q * scale) @ k.transpose(-1, -2)
+    weights, lse = softmax_lse(logits + hidden, from_peak)
+    return weights @ v, lse
+
+
+@lru_cache(maxsize=8)  # all layers of a model ask for the same one
+def _hidden_alike(position: int, window: int, sinks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`_hidden` of rows that are all at one position: (1, 1, 1, S + 2 W)."""
+    return _hidden(torch.tensor([[position]], device=device), window, sinks, dtype)[:, None, None]
+
+
+def _hidden(position: Tensor, window: int, sinks: int, dtype: torch.dtype) -> Tensor:
+    """What a query at `position` (B, 1), whose own token is remembered, does not see: -inf there, else 0.
+
+    (B, S + 2 W): the sinks, of which it sees those before `start`, as the others are in the window; then the ring's
+    slots, of which it sees its own half up to its own slot and, from the second chunk on, the other half.
+    """
+    chunk, offset = position // window, position % window
+    sink = torch.arange(sinks, device=position.device)
+    slot = torch.arange(2 * window, device=position.device)
+    seen = torch.cat(
+        [
+            sink < (chunk - 1) * window,
+            torch.where(slot // window == chunk % 2, slot % window <= offset, chunk > 0),
+        ],
+        dim=1,
+    )
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def _remember(memory: "Memory", k: Tensor, v: Tensor, position: int | Tensor) -> None:
+    """One new token of every row into its slot of the ring, and among the sinks where it is one of them."""
+    sinks = memory.sinks
+    for x, held in ((k, memory.keys), (v, memory.values)):
+        ring = held.shape[2] - sinks
+        if not isinstance(position, Tensor):
+            held[:, :, sinks + position % ring] = x[:, :, 0]
+            if position < sinks:
+                held[:, :, position] = x[:, :, 0]
+            continue
+        row = torch.arange(x.shape[0], device=x.device)
+        held[row, :, sinks + position % ring] = x[:, :, 0]
+        # A token that is no sink is written once more into its slot.
+        held[row, :, torch.where(position < sinks, position, sinks + position % ring)] = x[:, :, 0]
+
+
+def fold(memory: "Memory", mixer: Mixer | None, *, window: int, sinks: int) -> None:
+    """In the rows whose next token begins a chunk c >= 2: chunk c - 2, which it will overwrite, into the state."""
+    if mixer is None:
+        return
+    assert memory.state is not None, "a memory made for a mixer has a state"
+    position: int | Tensor = memory.lengths if memory.uniform is None else memory.uniform
+    if not isinstance(position, Tensor) and (position % window or position < 2 * window):
+        return
+    half = torch.arange(window, device=memory.keys.device)
+    if isinstance(position, Tensor):
+        due = (position % window == 0) & (position >= 2 * window)
+        if not bool(due.any()):
+            return
+        slots = (position // window % 2 * window)[:, None] + half
+        first = position[:, None] - 2 * window
+        k, v = (
+            x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+            for x in (memory.near_k, memory.near_v)
+        )
+        kept = (first + half >= sinks) & due[:, None]
+        changed = due[:, None, None, None]
+    else:
+        slot = position // window % 2 * window
+        k, v = memory.near_k[:, :, slot : slot + window], memory.near_v[:, :, slot : slot + window]
+        kept = (position - 2 * window + half >= sinks)[None]
+        changed = None
+    phi_k = mixer.key_features(k) * kept[:, None, :, None]
+    before = wide(memory.state)
+    assert before is not None
+    after = mixer.update(before, phi_k, v)
+    for old, new, where in zip(memory.state, after, (changed, None if changed is None else changed[..., 0])):
+        old.copy_(new if where is None else torch.where(where, new, old))
+
+
+def wide(state: State | None) -> State | None:
+    """The state in the dtype it is added up and read in, which is its normaliser's."""
+    return None if state is None else State(state.s.to(state.z.dtype), state.z)

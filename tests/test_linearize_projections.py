@@ -1,0 +1,126 @@
+"""Projections of few rows on a CPU: the same products, on models of every kind, and nothing else is touched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from linearize import convert, revert
+from linearize.config import LinearizeConfig
+from linearize.convert import switch_of
+from linearize.projections import MOST_ROWS, FewRows, install
+from tests.tiny_models import make_model, make_student
+from tests.tolerance import assert_near
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
+
+
+class Switched:
+    few_rows = True
+
+
+def make_linear(size: int = 24, outputs: int = 40, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, outputs, bias=bias))
+    install(model, Switched())
+    return model
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How often the batched form ran."""
+    seen: list[tuple[int, ...]] = []
+    before = torch.bmm
+
+    def counted(a, b):
+        seen.append(tuple(b.shape))
+        return before(a, b)
+
+    monkeypatch.setattr(torch, "bmm", counted)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3,), (2, 2), (MOST_ROWS, 1), (1, 1, 2)])
+def test_few_rows_are_the_same_product(products, shape, bias):
+    model = make_linear(bias=bias)
+    x = torch.randn(*shape, 24)
+    for given in (x, x.expand(*shape, 24), torch.randn(*shape, 48)[..., ::2]):
+        with torch.no_grad():
+            out = model(given)
+        assert_near(out, nn.functional.linear(given, model[0].weight, model[0].bias).detach())
+    assert len(products) == 3
+
+
+@pytest.mark.parametrize("outputs", [7, 34])
+def test_outputs_that_do_not_divide(products, outputs):
+    model, x = make_linear(outputs=outputs), torch.randn(1, 24)
+    with torch.no_grad():
+        assert_near(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+    assert len(products) == (outputs % 2 == 0)
+
+
+def test_everything_else_is_left_to_pytorch(products):
+    model = make_linear()
+    one, many = torch.randn(1, 24), torch.randn(MOST_ROWS + 1, 24)
+    model(one).sum().backward()
+    assert model[0].weight.grad is not None
+    with torch.no_grad():
+        model(many)
+        assert model(one[:0]).shape == (0, 40)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(one).dtype == torch.bfloat16
+        copy.deepcopy(model).to(torch.float64)(one.double())
+        copy.deepcopy(model).to(torch.bfloat16)(one.bfloat16())
+        copy.deepcopy(model).to("meta")(one.to("meta"))
+        model[0].forward.switch.few_rows = False
+        model(one)
+    assert products == []
+
+
+def test_copies_and_pickles_have_their_own_weights(products):
+    model, x = make_linear(), torch.randn(1, 24)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other[0].weight.zero_()
+            other[0].bias.zero_()
+            assert not other(x).any()
+            assert model(x).any()
+    assert len(products) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_student_has_them_in_every_linear_layer_and_gives_them_back(products, family):
+    model = make_model(family)
+    tokens = torch.tensor([[5]])
+    convert(model, LinearizeConfig(window=8, sinks=2, softmax_layers=[1]))
+    linear = [x for x in model.modules() if type(x) is nn.Linear]
+    assert all(isinstance(x.forward, FewRows) for x in linear)
+    with torch.no_grad():
+        fast = model(tokens).logits
+        assert len(products) >= len(linear)
+        products.clear()
+        switch_of(model).few_rows = False
+        assert_near(fast, model(tokens).logits)
+        assert products == []
+    revert(model)
+    assert not any("forward" in x.__dict__ for x in model.modules())
+
+
+def test_lora_goes_over_them(products):
+    from peft import LoraConfig, get_peft_model
+
+    student = make_student("llama", "normalizer")
+    wrapped = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    tokens = torch.tensor([[5]])
+    with torch.no_grad():
+        before = wrapped(tokens).logits
+        assert products
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1)
+        changed = wrapped(tokens).logits
+        assert (changed - before).abs().max() > 1e-3
+        assert_near(wrapped.merge_and_unload()(tokens).logits, changed)
