@@ -30,11 +30,11 @@ How it is measured
                 "ms_per_token": {"p50", "p95", "mean",         over all timed steps; a token of each sequence
                                  "min", "max"},                of the repeats' medians
                 "tokens_per_s": float,                         batch / p50
-                "prefill_ms": SPREAD | null,                   over repeats; null where part of the context was filled in
+                "prefill_ms": SPREAD | null,                   over repeats; null where a part was filled in
                 "filled": int,                                 tokens of the context that were not read
                 "weight_bytes": int,                           parameters that a step reads
                 "cache_bytes": {"softmax", "window", "state", "total"},       allocated, read and not
-                "first_ms": float,                             the first step, which compiles where the mode does
+                "first_ms": float,                             the very first step, which compiles where the mode does
                 "recompiles": int,                             during timed steps: above 0 these are not to be trusted
                 "skipped_graphs": int},                        graphs on a GPU that became no CUDA graph
                ...],
@@ -57,7 +57,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -142,7 +142,7 @@ def bench_decode(
         modes: names of `MODES`, of which each row is measured in those that it has; None is all of them.
         fill: where context times batch exceeds this, a part of the context is filled in instead of read; None reads
             every context.
-        prefill: lengths whose prefill is timed besides, with the smallest batch, in the cache that a model makes itself.
+        prefill: lengths whose prefill is timed besides, with the smallest batch, in mode "dynamic".
         max_minutes: no block is begun that is not expected to end within this time. A context and batch without a
             single whole block is dropped for all rows; the smallest is always measured once. A block that is already
             running may end late by one measurement.
@@ -191,7 +191,9 @@ def bench_decode(
         "dtypes": {row: str(found.dtype).removeprefix("torch.") for row, found in probes.items()},
         "contexts": sorted({point.context for point in measured}),
         "batches": measured_batches,
-        "dropped": [point.described | {"reason": bench.reason(point)} for point in points if point not in bench.seconds],
+        "dropped": [
+            point.described | {"reason": bench.reason(point)} for point in points if point not in bench.seconds
+        ],
         "cells": describe_cells(bench.samples, {row: found.weight_bytes for row, found in probes.items()}),
         "comparisons": comparisons(bench.samples, BASELINE),
         "crossover": [
@@ -264,7 +266,9 @@ def _choose_modes(
                 skipped.append({"row": row, "mode": mode.name, "reason": reason})
         if not chosen[row]:
             names = ", ".join(mode.name for mode in found.modes)
-            raise LinearizeError(f"modes: row {row!r} cannot be measured in {', '.join(asked or ())}; add one of {names}")
+            raise LinearizeError(
+                f"modes: row {row!r} cannot be measured in {', '.join(asked or ())}; add one of {names}"
+            )
     return chosen, skipped
 
 
@@ -352,6 +356,7 @@ class _Bench:
         self.period = math.lcm(*(found.period for found in probes.values()))  # all rows read the same tokens
         self.deadline = None if max_minutes is None else time.perf_counter() + 60 * max_minutes
         self.samples: dict[Cell, list[Sample]] = {}
+        self.first_ms: dict[Cell, float] = {}  # the first step that a cell ever did
         self.prefills: dict[tuple[str, int], list[float]] = {}  # (row, length) -> ms of each repeat
         self.blocks: list[dict[str, Any]] = []
         self.seconds: dict[Point, float] = {}  # length of a point's last whole block, without what it compiled
@@ -424,8 +429,9 @@ class _Bench:
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._give_up(row, mode, f"compiling the step failed: {first_line(error)}")
                     continue
-            found[cell] = sample
             compiling += sample.first_ms / 1e3 if mode.compiled else 0.0
+            # What was compiled in a block that is then measured again stays compiled.
+            found[cell] = replace(sample, first_ms=self.first_ms.setdefault(cell, sample.first_ms))
         return found, compiling
 
     def _give_up(self, row: str, mode: Mode, reason: str) -> None:

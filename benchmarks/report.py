@@ -231,9 +231,7 @@ def _speed(result: dict[str, Any], drawn: bool) -> str:
                 number(times["p95"]),
                 number(times["mean"]),
                 number(cell["tokens_per_s"]),
-                "–"
-                if pair is None
-                else f"{number(pair['speedup']['p50'])} ({_range(pair['speedup']['ci95'])})",
+                "–" if pair is None else f"{number(pair['speedup']['p50'])} ({_range(pair['speedup']['ci95'])})",
                 "–" if prefill is None else number(prefill["p50"]),
                 "–" if prefill is None else f"{number(prefill['min'])} to {number(prefill['max'])}",
                 size(held["total"]),

@@ -77,7 +77,7 @@ def _place(cell: Cell) -> tuple[int, int]:
 
 
 def describe_cells(samples: Samples, weight_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One record a cell, in order of context and batch. `weight_bytes`: what a step of each row reads of its weights."""
+    """One record a cell, in order of context and batch. `weight_bytes`: of each row, read by a step."""
     cells = []
     for cell, repeats in sorted(samples.items(), key=lambda pair: _place(pair[0])):
         steps = [step for sample in repeats for step in sample.step_ms]

@@ -10,7 +10,16 @@ from typer.core import TyperCommand, TyperGroup
 
 from linearize.errors import LinearizeError
 
-__all__ = ["OneLineErrors", "PlainCommand", "PlainGroup", "human_bytes", "human_tokens", "note", "parse_counts", "parse_tokens"]
+__all__ = [
+    "OneLineErrors",
+    "PlainCommand",
+    "PlainGroup",
+    "human_bytes",
+    "human_tokens",
+    "note",
+    "parse_counts",
+    "parse_tokens",
+]
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"

@@ -188,7 +188,7 @@ def _bench_notes(result: dict[str, Any]) -> list[str]:
     filled = sorted({cell["context"] for cell in result["cells"] if cell["filled"]})
     if filled:
         contexts = ", ".join(map(human_tokens, filled))
-        lines.append(f"context {contexts}: filled in after a part was read, where context times batch is above the limit")
+        lines.append(f"context {contexts}: a part was read and the rest filled in, in the larger batches at least")
     for dropped in result["dropped"]:
         place = f"{human_tokens(dropped['context'])}, batch {dropped['batch']}"
         lines.append(f"{'context' if dropped['what'] == 'decode' else 'prefill'} {place} left out: {dropped['reason']}")
@@ -201,7 +201,8 @@ def _bench_notes(result: dict[str, Any]) -> list[str]:
             lines.append(f"{where}: {cell['skipped_graphs']} graphs ran without CUDA graphs")
     moved = sum(block["moved"] for block in result["blocks"])
     if moved:
-        lines.append(f"the machine's own speed moved by more than 10 % in {moved} of {len(result['blocks'])} blocks, twice")
+        blocks = len(result["blocks"])
+        lines.append(f"the machine's own speed moved by more than 10 % in {moved} of {blocks} blocks")
     return lines
 
 
