@@ -40,6 +40,7 @@ FLAGS_ARM = ("asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2")
 # What PyTorch's pools of threads read when they start.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PACKAGES = ("transformers", "peft", "accelerate", "triton", "flash-linear-attention")
+CGROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 MATMUL_SIZE = 512
 MATMUL_REPEATS = 7
 
@@ -103,7 +104,7 @@ def available_memory(device: torch.device) -> int | None:
 
 def _meminfo_available() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
@@ -111,10 +112,9 @@ def _meminfo_available() -> int | None:
 
 def _cgroup_left() -> int | None:
     """What is left of the container's limit; pages of files that the kernel would give up count as left."""
-    folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((folder / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
-        kinds = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        limit, used = (int((CGROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):  # no cgroup, or "max": no limit
         return None
     return max(limit - used + int(kinds.get("inactive_file", 0)), 0)
@@ -145,7 +145,7 @@ def _cpu() -> dict[str, Any]:
 def _cpu_quota() -> float | None:
     """How many cores' time the container may use, or None where nothing limits it. `os.cpu_count` does not know."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return None if quota == "max" else int(quota) / int(period)

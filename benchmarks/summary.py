@@ -339,23 +339,34 @@ def _crossover(result: dict[str, Any], crossover: dict[str, Any]) -> Sentence:
 
 
 def _prefill(result: dict[str, Any]) -> list[Sentence]:
-    """Prefill at the longest context that both read, each in its faster mode."""
-    read = [cell for cell in result["cells"] if cell["prefill_ms"] and cell["row"] in (BASELINE, STUDENT)]
-    if not read:
+    """Prefill of the most tokens that both read, each in its faster mode, and how it grows."""
+    best: dict[tuple[int, int, str], dict[str, float]] = {}
+    found = [((cell["context"], -cell["batch"], cell["row"]), cell["prefill_ms"]) for cell in result["cells"]]
+    found += [((part["length"], -part["batch"], part["row"]), part["ms"]) for part in result["prefill"]]
+    for key, times in found:
+        if times is not None:
+            best[key] = min(best.get(key, times), times, key=lambda known: known["p50"])
+    both = [(length, batch) for length, batch, row in best if row == STUDENT and (length, batch, BASELINE) in best]
+    if not both:
         return []
-    context, batch = max((cell["context"], -cell["batch"]) for cell in read)
-    best: dict[str, dict[str, float]] = {}
-    for cell in read:
-        if (cell["context"], cell["batch"]) == (context, -batch):
-            row, times = cell["row"], cell["prefill_ms"]
-            best[row] = min(best.get(row, times), times, key=lambda found: found["p50"])
-    ours, theirs = best[STUDENT], best[BASELINE]
-    text = f"Prefill of {context} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
+    tokens, batch = max(both)
+    ours, theirs = best[tokens, batch, STUDENT], best[tokens, batch, BASELINE]
+    text = f"Prefill of {tokens} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
     if ours["max"] < theirs["min"]:
-        return [Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")]
-    if ours["min"] > theirs["max"]:
-        return [Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")]
-    return [Sentence("open", f"{text}; no difference, their ranges overlap.")]
+        first = Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")
+    elif ours["min"] > theirs["max"]:
+        first = Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")
+    else:
+        first = Sentence("open", f"{text}; no difference, their ranges overlap.")
+    growth = {part["row"]: part for part in result["prefill_growth"]}
+    if not {STUDENT, BASELINE} <= growth.keys():
+        return [first]
+    part = growth[STUDENT]
+    text = (
+        f"From {part['from']} to {part['to']} tokens, {number(part['to'] / part['from'])} times as many, the student's "
+        f"prefill grows {number(part['ratio'])} times, the original's {number(growth[BASELINE]['ratio'])} times."
+    )
+    return [first, Sentence("note", text)]
 
 
 def _memory(result: dict[str, Any]) -> Sentence:

@@ -88,7 +88,10 @@ def speed_rows(model: Any, control: bool = False) -> Rows:
 
 def _sharing_weights(model: Any) -> Any:
     """A second model around the same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    # A step that transformers has compiled for the one model stays that model's, also as the other's attribute.
+    other.__dict__.pop("_compiled_call", None)
+    return other
 
 
 def _has_state(model: Any) -> bool:

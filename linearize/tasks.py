@@ -168,8 +168,11 @@ def bench_model(
     tokenizer = load_tokenizer(name, base)
     tokens = held_out_tokens(EvaluateOptions(), *_data(name, seed), tokenizer=tokenizer)
     model, _ = load_model(name, announce_dtype(dtype, device), device, base=base)
-    result = bench_decode(speed_rows(model, control), tokens=tokens, seed=seed, **options)
-    note(_near_side(model))
+    rows = speed_rows(model, control)
+    result = bench_decode(rows, tokens=tokens, seed=seed, **options)
+    *_, converted = rows.values()
+    with converted() as other:
+        note(_near_side(other))
     write_json(out, result)
     return result
 

@@ -156,7 +156,7 @@ def test_tokens_to_read(period):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static", "hedgehog", "hedgehog+softmax"])
 def test_a_step_costs_what_it_costs_after_a_prefill(kind):
-    """The ratio of medians of steps that take turns, on a model whose cache outweighs it."""
+    """Measurements take turns, on a model whose cache outweighs it; of each the least step, which nothing disturbed."""
     model, _ = make_case(kind)
     length = 512 + 190 * PERIOD  # 3552
     prompt = make_tokens(4, length)
@@ -166,5 +166,5 @@ def test_a_step_costs_what_it_costs_after_a_prefill(kind):
     with torch.no_grad():
         for _ in range(8):
             for run, steps in zip(runs, times):
-                steps += decode.measure(model, run).step_ms
+                steps.append(min(decode.measure(model, run).step_ms))
     assert 0.8 < median(times[0]) / median(times[1]) < 1.25

@@ -209,9 +209,19 @@ def test_several_batches_are_told_apart_and_filled_contexts_have_no_prefill(monk
     times = {"original": {64: 20.0, 1024: 40.0}, "static": {64: 30.0, 1024: 50.0}, "student": {64: 30.0, 1024: 30.0}}
     found = speed_sentences(fabricate_bench(monkeypatch, times, batches=[1, 4], fill=300))
     assert sentence_about(found, "At 1024 tokens of context, batch 4 the student").tone == "good"
-    assert sentence_about(found, "The student becomes faster at about 544 tokens of context, batch 1").tone == "good"
+    assert sum("becomes faster at about 5" in sentence.text and "batch 1." in sentence.text for sentence in found) == 1
     assert sentence_about(found, "Prefill of 64 tokens").tone == "bad"
     assert sentence_about(found, "Cache at 1024 tokens, batch 1").tone == "good"
+
+
+def test_prefill_of_lengths_of_their_own(monkeypatch):
+    times = {"original": {64: 20.0}, "static": {64: 30.0}, "student": {64: 30.0}}
+    found = speed_sentences(fabricate_bench(monkeypatch, times, prefill=[4096, 16384], repeats=2))
+    assert sentence_about(found, "Prefill of 16384 tokens").tone == "open"
+    growth = sentence_about(
+        found, "From 4096 to 16384 tokens, 4.00 times as many, the student's prefill grows 4.00 times"
+    )
+    assert growth.tone == "note"
 
 
 def test_without_a_student_no_speed_is_claimed(monkeypatch):
