@@ -1,126 +1,212 @@
-"""Decode and prefill time of several models by context, against the original under its better cache.
+"""Decode and prefill time of several models by context and batch, each in its best mode, against the original.
 
 How it is measured
-    Repeats are interleaved: repeat 1 of every context and row, then repeat 2, ... with the order of rows rotating, so
-    that a machine that slows down slows all rows alike. A *block* is one repeat of one context: all rows on the same
-    random tokens of the held-out text. A fixed matrix product is timed before and after each block; where its time
-    moves by more than 10 %, the block is marked.
-    One measurement is a prefill (timed apart), two steps to warm up, then `decode_tokens` greedy steps, each timed.
+    Each row is measured in every mode that it has (see `linearize.benchmarks.modes`), each with its own cache: what is
+    compared is the best mode of each, at every context and batch.
+    Repeats are interleaved: repeat 1 of every context, batch and row, then repeat 2, ... with the order of rows
+    rotating, so that a machine that slows down slows all rows alike. A *block* is one repeat of one context and batch:
+    all rows on the same random tokens of the held-out text. A fixed matrix product is timed before and after each
+    block; where its time moves by more than 10 %, the block is measured once more, and marked if it moves again.
+    One measurement is a prefill (timed apart), `WARMUP` steps, then `decode_tokens` greedy steps, each timed. What
+    a compiled mode compiles, it compiles while it warms up; compilations during timed steps are counted and marked.
     The prefill grows by `decode_tokens` from one repeat to the next: together the timed steps run through consecutive
-    positions, so that work that a converted layer does once in W tokens is met as often as in use, not by luck.
-    The original runs under DynamicCache and StaticCache, both without compilation; the baseline of a context is the
-    faster of the two there.
+    positions, so that work that a converted layer does once in W tokens is met as often as in use, not by luck. A
+    preallocated cache has room for all of them, as if one text of that length were generated.
+    Where context times batch exceeds `fill`, only a part of the context is read and the rest of the cache filled in
+    (see `linearize.benchmarks.filling`): the steps cost the same, and the prefill is not reported.
+    Contexts and batches that do not fit into memory, or into the time that is given, are dropped for all rows alike.
 
 `bench_decode` returns what `write_json` stores as bench.json. Times are milliseconds; SPREAD is
-`{"p50": float, "min": float, "max": float}`.
+`{"p50": float, "min": float, "max": float}`. Everything of one cell is of all `batch` sequences together.
 
-    {"kind": "linearize.bench", "schema": 1,
+    {"kind": "linearize.bench", "schema": 2,
      "baseline": "original", "rows": ["original", "student", ...],
-     "batch": int, "decode_tokens": int, "warmup": 2, "repeats_asked": int, "threads": int, "seed": int,
+     "modes": {ROW: [MODE, ...]}, "skipped": [{"row": ROW, "mode": MODE, "reason": str}, ...],
+     "decode_tokens": int, "warmup": int, "repeats_asked": int, "fill": int | null, "threads": int, "seed": int,
      "device": "cpu", "dtypes": {ROW: "float32"},
-     "contexts": [int, ...],                                   measured for all rows
-     "dropped": [{"context": int, "reason": str}, ...],        for all rows alike
-     "cells": [{"row": ROW, "cache": "dynamic" | "static", "context": int, "repeats": int,
-                "ms_per_token": {"p50", "p95", "mean",         over all timed steps
+     "contexts": [int, ...], "batches": [int, ...],            measured for all rows, though not in every combination
+     "dropped": [{"what": "decode" | "prefill", "context": int, "batch": int, "reason": str}, ...],
+     "cells": [{"row": ROW, "mode": MODE, "context": int, "batch": int, "repeats": int,
+                "ms_per_token": {"p50", "p95", "mean",         over all timed steps; a token of each sequence
                                  "min", "max"},                of the repeats' medians
                 "tokens_per_s": float,                         batch / p50
-                "prefill_ms": SPREAD,                          over repeats
-                "cache_bytes": {"softmax", "window", "state", "total"}}, ...],
-     "comparisons": [{"row": ROW, "context": int, "baseline_cache": "dynamic" | "static",
-                      "speedup": SPREAD,                       baseline / row, repeat by repeat; above 1: row faster
-                      "verdict": "faster" | "slower" | "undecided"}, ...],    undecided: repeats disagree
-     "crossover": {ROW: {"kind": "everywhere" | "at" | "never" | "mixed", "context": float | null,
-                         "measured_to": int}},
-     "blocks": [{"repeat": int, "context": int, "matmul_before_ms", "matmul_after_ms", "moved": bool}, ...],
+                "prefill_ms": SPREAD | null,                   over repeats; null where a part was filled in
+                "filled": int,                                 tokens of the context that were not read
+                "weight_bytes": int,                           parameters that a step reads
+                "cache_bytes": {"softmax", "window", "state", "total"},       allocated, read and not
+                "first_ms": float,                             the very first step, which compiles where the mode does
+                "recompiles": int,                             during timed steps: above 0 these are not to be trusted
+                "skipped_graphs": int},                        graphs on a GPU that became no CUDA graph
+               ...],
+     "comparisons": [{"row": ROW, "context": int, "batch": int, "mode": MODE, "baseline_mode": MODE,   the best modes
+                      "speedup": {SPREAD, "ci95": [low, high] | null},      baseline / row, repeat by repeat; above 1:
+                                                                            row faster; null after one repeat
+                      "verdict": "faster" | "slower" | "undecided"}, ...],  by the interval
+     "crossover": [{"row": ROW, "batch": int, "kind": "everywhere" | "at" | "never" | "mixed",
+                    "context": float | null, "measured_to": int}, ...],
+     "prefill": [{"row": ROW, "length": int, "batch": int, "repeats": int, "ms": SPREAD}, ...],    the lengths asked for
+     "prefill_growth": [{"row": ROW, "from": 4096, "to": int, "ratio": float}, ...],
+     "blocks": [{"what": "decode" | "prefill", "repeat": int, "context": int, "batch": int, "attempts": 1 | 2,
+                 "matmul_before_ms", "matmul_after_ms", "moved": bool}, ...],
      "seconds": float,
      "machine": {...}}                                         see linearize.benchmarks.machine
 """
 
 import gc
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.benchmarks.evaluate import BASELINE
+from linearize.benchmarks.files import read_json
+from linearize.benchmarks.filling import extend, tokens_to_read
 from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
-from linearize.benchmarks.machine import machine_info, matmul_ms, synchronize
-from linearize.benchmarks.speed import Cell, Sample, comparisons, crossover, describe_cells
+from linearize.benchmarks.machine import available_memory, machine_info, matmul_ms, synchronize
+from linearize.benchmarks.modes import (
+    MODES,
+    Mode,
+    compilations,
+    compile_obstacle,
+    compiled_call,
+    cuda_graphs_skipped,
+    first_line,
+    preallocated,
+)
+from linearize.benchmarks.probe import Probe, probe
+from linearize.benchmarks.speed import (
+    Cell,
+    Sample,
+    comparisons,
+    crossover,
+    describe_cells,
+    prefill_growth,
+    spread,
+)
 from linearize.cache import cache_bytes
 from linearize.errors import LinearizeError
 
-__all__ = ["KIND", "bench_decode", "measure"]
+__all__ = ["FILL", "KIND", "Run", "bench_decode", "measure", "measure_prefill", "read_bench"]
 
 KIND = "linearize.bench"
-WARMUP = 2
+SCHEMA = 2
+# A CUDA graph is compiled in the first step, recorded in the second and replayed from the third on.
+WARMUP = 4
 MOVED_LIMIT = 0.10
+# Context times batch up to which a context is read, not filled in.
+FILL = 8192
+# Memory beyond what a cell is estimated to need.
+SPARE_MEMORY = 0.10
+
+
+def read_bench(path: str | Path) -> dict[str, Any]:
+    """Read a bench.json.
+
+    Raises:
+        LinearizeError: another kind of file, or one that an older version of linearize wrote.
+    """
+    return read_json(path, KIND, schema=SCHEMA)
 
 
 def bench_decode(
     rows: Rows,
     contexts: Sequence[int],
     tokens: Tensor,
+    *,
+    batches: Sequence[int] = (1,),
     decode_tokens: int = 16,
     repeats: int = 5,
-    batch: int = 1,
+    modes: Sequence[str] | None = None,
+    fill: int | None = FILL,
+    prefill: Sequence[int] = (),
     max_minutes: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time every row at every context.
+    """Time every row in every mode at every context and batch.
 
     Args:
         rows: name -> function without arguments whose context manager yields the model; entered once a measurement,
             so entering must be cheap (a switch, not a load). One is `"original"`.
-        contexts: tokens before the first timed one, each >= 3.
+        contexts: tokens before the first timed one, each > `WARMUP`.
         tokens: LongTensor (n,), held-out text; prompts are drawn from its tokens.
+        batches: sequences at once; every context is measured with each.
         decode_tokens: timed steps a repeat.
         repeats: how often each cell is measured.
-        batch: sequences at once.
-        max_minutes: no block is begun that is not expected to end within this time. A context without a single
-            whole block is dropped for all rows; the smallest context is always measured once. A block that is
-            already running may end late by one measurement.
+        modes: names of `MODES`, of which each row is measured in those that it has; None is all of them.
+        fill: where context times batch exceeds this, a part of the context is filled in instead of read; None reads
+            every context.
+        prefill: lengths whose prefill is timed besides, with the smallest batch, in mode "dynamic".
+        max_minutes: no block is begun that is not expected to end within this time. A context and batch without a
+            single whole block is dropped for all rows; the smallest is always measured once. A block that is already
+            running may end late by one measurement.
         seed: of the prompts.
 
     Returns:
         JSON-able; the module's docstring has the keys.
 
     Raises:
-        LinearizeError: no row `"original"`, or a number out of range.
+        LinearizeError: no row `"original"`, a number out of range, or modes that a row has none of.
     """
-    _check(rows, contexts, tokens, decode_tokens, repeats, batch, max_minutes)
-    contexts = sorted(set(contexts))
-    bench = _Bench(rows, tokens, decode_tokens, batch, max_minutes, seed)
+    numbers = {"decode_tokens": decode_tokens, "repeats": repeats} | ({} if fill is None else {"fill": fill})
+    _check(rows, contexts, batches, prefill, tokens, max_minutes, numbers)
+    probes = {}
+    for row, enter in rows.items():
+        with enter() as model:
+            probes[row] = probe(model)
+    chosen, skipped = _choose_modes(probes, modes)
+    points = [Point("decode", context, batch) for context in contexts for batch in batches]
+    points += [Point("prefill", length, min(batches)) for length in prefill]
+    points = sorted(set(points), key=lambda point: (point.what, point.size, point.context))
+    bench = _Bench(rows, probes, chosen, skipped, tokens, decode_tokens, repeats, fill, max_minutes, seed)
     start = time.perf_counter()
-    with progress_bar("bench", total=repeats * len(contexts)) as advance:
+    with _room_for_graphs(chosen, len(points) * len(rows)), progress_bar("bench", total=repeats * len(points)) as tick:
         for repeat in range(repeats):
-            for context in contexts:
-                bench.block(repeat, context)
-                advance(f"context {context}")
-    measured = [context for context in contexts if context in bench.seconds]
+            for point in points:
+                bench.block(repeat, point)
+                tick(f"{point.what} at {point.context}, batch {point.batch}")
+    measured = [point for point in points if point in bench.seconds and point.what == "decode"]
+    measured_batches = sorted({point.batch for point in measured})
+    growth = bench.prefills or bench.context_prefills(measured)
     return {
         "kind": KIND,
-        "schema": 1,
+        "schema": SCHEMA,
         "baseline": BASELINE,
         "rows": list(rows),
-        "batch": batch,
+        "modes": {row: [mode.name for mode in kept] for row, kept in bench.modes.items()},
+        "skipped": bench.skipped,
         "decode_tokens": decode_tokens,
         "warmup": WARMUP,
         "repeats_asked": repeats,
+        "fill": fill,
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "device": bench.device,
-        "dtypes": bench.dtypes,
-        "contexts": measured,
+        "device": str(probes[BASELINE].device),
+        "dtypes": {row: str(found.dtype).removeprefix("torch.") for row, found in probes.items()},
+        "contexts": sorted({point.context for point in measured}),
+        "batches": measured_batches,
         "dropped": [
-            {"context": context, "reason": f"not one repeat of all rows fitted into {max_minutes:g} minutes"}
-            for context in contexts
-            if context not in measured
+            point.described | {"reason": bench.reason(point)} for point in points if point not in bench.seconds
         ],
-        "cells": describe_cells(bench.samples, batch),
+        "cells": describe_cells(bench.samples, {row: found.weight_bytes for row, found in probes.items()}),
         "comparisons": comparisons(bench.samples, BASELINE),
-        "crossover": {row: crossover(bench.samples, BASELINE, row) for row in rows if row != BASELINE},
+        "crossover": [
+            {"row": row, "batch": batch} | crossover(bench.samples, BASELINE, row, batch)
+            for batch in measured_batches
+            for row in rows
+            if row != BASELINE
+        ],
+        "prefill": [
+            {"row": row, "length": length, "batch": min(batches), "repeats": len(ms), "ms": spread(ms)}
+            for (row, length), ms in bench.prefills.items()
+        ],
+        "prefill_growth": prefill_growth(growth),
         "blocks": bench.blocks,
         "seconds": round(time.perf_counter() - start, 1),
         "machine": machine_info(seed),
@@ -130,20 +216,23 @@ def bench_decode(
 def _check(
     rows: Rows,
     contexts: Sequence[int],
+    batches: Sequence[int],
+    prefill: Sequence[int],
     tokens: Tensor,
-    decode_tokens: int,
-    repeats: int,
-    batch: int,
     max_minutes: float | None,
+    numbers: dict[str, int],
 ) -> None:
     if BASELINE not in rows:
         raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
     if not contexts:
         raise LinearizeError("contexts: the list is empty; name at least one context in tokens, such as 1024")
+    if not batches:
+        raise LinearizeError("batch: the list is empty; name at least one number of sequences, such as 1")
     for context in contexts:
         if context <= WARMUP:
             raise LinearizeError(f"contexts: {context} is too short to warm up; use {WARMUP + 1} or more")
-    for name, value in (("decode_tokens", decode_tokens), ("repeats", repeats), ("batch", batch)):
+    listed = [("batch", batch) for batch in batches] + [("prefill", length) for length in prefill]
+    for name, value in (*listed, *numbers.items()):
         if value < 1:
             raise LinearizeError(f"{name}: {value} measures nothing; use 1 or more")
     if max_minutes is not None and max_minutes <= 0:
@@ -154,67 +243,271 @@ def _check(
         raise LinearizeError(f"tokens: shape {tuple(tokens.shape)} is not one text; pass a tensor of one dimension")
 
 
+def _choose_modes(
+    probes: dict[str, Probe], asked: Sequence[str] | None
+) -> tuple[dict[str, list[Mode]], list[dict[str, str]]]:
+    """The modes of each row, and those that it has and is not measured in."""
+    for name in asked or ():
+        if name not in MODES:
+            raise LinearizeError(f"modes: there is no {name!r}; choose from {', '.join(MODES)}")
+    chosen: dict[str, list[Mode]] = {}
+    skipped = []
+    for row, found in probes.items():
+        chosen[row] = []
+        for mode in found.modes:
+            reason = None
+            if asked is not None and mode.name not in asked:
+                reason = "it was not asked for"
+            elif mode.compiled:
+                reason = compile_obstacle(found.device)
+            if reason is None:
+                chosen[row].append(mode)
+            else:
+                skipped.append({"row": row, "mode": mode.name, "reason": reason})
+        if not chosen[row]:
+            names = ", ".join(mode.name for mode in found.modes)
+            raise LinearizeError(
+                f"modes: row {row!r} cannot be measured in {', '.join(asked or ())}; add one of {names}"
+            )
+    return chosen, skipped
+
+
+@contextmanager
+def _room_for_graphs(modes: dict[str, list[Mode]], shapes: int) -> Iterator[None]:
+    """Inside, torch.compile keeps a graph of every shape: past its limit of 8 it would stop compiling, silently."""
+    if not any(mode.compiled for kept in modes.values() for mode in kept):
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + 2 * shapes):
+        yield
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a block measures: `"decode"` at a context, or a `"prefill"` of that many tokens; `batch` sequences."""
+
+    what: str
+    context: int
+    batch: int
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return self.context * self.batch
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the result."""
+        return {"what": self.what, "context": self.context, "batch": self.batch}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement.
+
+    Attributes:
+        mode: how to decode.
+        prompt: LongTensor (batch, n), which is read.
+        filled: tokens that follow it in the cache without having been read.
+        capacity: tokens that a preallocated cache holds.
+        decode_tokens: timed steps.
+    """
+
+    mode: Mode
+    prompt: Tensor
+    filled: int
+    capacity: int
+    decode_tokens: int
+
+
+class _OutOfMemory(Exception):
+    """A measurement ran out of memory, in one line."""
+
+
 class _Bench:
-    """The running measurement: samples by cell, blocks, and how long a block of each context takes."""
+    """The running measurement: samples by cell, blocks, and how long a block of each point takes."""
 
     def __init__(
-        self, rows: Rows, tokens: Tensor, decode_tokens: int, batch: int, max_minutes: float | None, seed: int
+        self,
+        rows: Rows,
+        probes: dict[str, Probe],
+        modes: dict[str, list[Mode]],
+        skipped: list[dict[str, str]],
+        tokens: Tensor,
+        decode_tokens: int,
+        repeats: int,
+        fill: int | None,
+        max_minutes: float | None,
+        seed: int,
     ) -> None:
         self.rows = rows
+        self.probes = probes
+        self.modes = modes
+        self.skipped = skipped
         self.tokens = tokens
         self.decode_tokens = decode_tokens
-        self.batch = batch
+        self.repeats = repeats
+        self.fill = fill
+        self.max_minutes = max_minutes
         self.generator = torch.Generator().manual_seed(seed)
+        self.device = probes[BASELINE].device
+        self.period = math.lcm(*(found.period for found in probes.values()))  # all rows read the same tokens
         self.deadline = None if max_minutes is None else time.perf_counter() + 60 * max_minutes
-        # The baseline under both caches; the other rows under the cache that they make themselves.
-        self.kinds = [(BASELINE, "static"), *((row, "dynamic") for row in rows)]
         self.samples: dict[Cell, list[Sample]] = {}
+        self.first_ms: dict[Cell, float] = {}  # the first step that a cell ever did
+        self.prefills: dict[tuple[str, int], list[float]] = {}  # (row, length) -> ms of each repeat
         self.blocks: list[dict[str, Any]] = []
-        self.seconds: dict[int, float] = {}  # context -> length of its last whole block
-        self.dtypes: dict[str, str] = {}
-        self.device = ""
+        self.seconds: dict[Point, float] = {}  # length of a point's last whole block, without what it compiled
+        self.too_large: dict[Point, str] = {}  # why a point does not fit into memory
 
-    def block(self, repeat: int, context: int) -> None:
-        """Measure all rows once at one context, or nothing where time is short."""
-        start = time.perf_counter()
-        if self._late(self._expected(repeat, context)):
+    def block(self, repeat: int, point: Point) -> None:
+        """Measure all rows once at one point, or nothing where time or memory is short."""
+        if point in self.too_large or self._late(self._expected(repeat, point)):
             return
-        # Consecutive positions over the repeats; see the module's docstring.
-        length = context - WARMUP + repeat * self.decode_tokens
-        prompt = self.tokens[torch.randint(len(self.tokens), (self.batch, length), generator=self.generator)]
-        before = self._matmul_ms()
-        block: dict[Cell, Sample] = {}
-        turn = repeat % len(self.kinds)
-        for row, cache in self.kinds[turn:] + self.kinds[:turn]:
-            # Without a first whole block there would be nothing to report.
-            if self.seconds and self._late(0):
+        read, capacity = self._extent(repeat, point)
+        if reason := self._does_not_fit(point, read, capacity):
+            self._drop(point, reason)
+            return
+        # Both attempts read the same tokens too.
+        prompt = self.tokens[torch.randint(len(self.tokens), (point.batch, read), generator=self.generator)]
+        for attempt in (1, 2):
+            start, before = time.perf_counter(), matmul_ms(self.device)
+            try:
+                measured = self._measure_rows(repeat, point, prompt, capacity)
+            except _OutOfMemory as error:
+                self._drop(point, str(error))
                 return
-            with self.rows[row]() as model, inference(model):
-                block[Cell(row, cache, context)] = measure(model, prompt, cache, self.decode_tokens)
-                self.dtypes[row] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        after = self._matmul_ms()
-        for cell, sample in block.items():
-            self.samples.setdefault(cell, []).append(sample)
-        self.blocks.append(
-            {
+            if measured is None:
+                if attempt == 1:
+                    return
+                break
+            found, compiling = measured
+            after = matmul_ms(self.device)
+            moved = abs(after / before - 1) > MOVED_LIMIT
+            self.seconds[point] = time.perf_counter() - start - compiling
+            block = point.described | {
                 "repeat": repeat,
-                "context": context,
+                "attempts": attempt,
                 "matmul_before_ms": before,
                 "matmul_after_ms": after,
-                "moved": abs(after / before - 1) > MOVED_LIMIT,
+                "moved": moved,
             }
-        )
-        self.seconds[context] = time.perf_counter() - start
+            if not moved or self._late(self.seconds[point]):
+                break
+        self.blocks.append(block)
+        for cell, sample in found.items():
+            if not isinstance(sample, Sample):
+                self.prefills.setdefault((cell.row, cell.context), []).append(sample)
+            elif MODES[cell.mode] in self.modes[cell.row]:  # else it stopped working in the second attempt
+                self.samples.setdefault(cell, []).append(sample)
 
-    def _expected(self, repeat: int, context: int) -> float:
+    def _measure_rows(
+        self, repeat: int, point: Point, prompt: Tensor, capacity: int
+    ) -> tuple[dict[Cell, Sample | float], float] | None:
+        """A sample of each row and mode, and the seconds that went into compiling; None where time was up before the
+        last one."""
+        found: dict[Cell, Sample | float] = {}
+        compiling = 0.0
+        turns = [(row, mode) for row, modes in self.modes.items() for mode in modes]
+        if point.what == "prefill":
+            turns = [(row, MODES["dynamic"]) for row in self.rows]
+        turn = repeat % len(turns)
+        for row, mode in turns[turn:] + turns[:turn]:
+            # Without a first whole block there would be nothing to report.
+            if self.seconds and self._late(0):
+                return None
+            run = Run(mode, prompt, self._length(repeat, point) - prompt.shape[1], capacity, self.decode_tokens)
+            cell = Cell(row, mode.name, point.context, point.batch)
+            with self.rows[row]() as model, inference(model, torch.no_grad), _memory_errors():
+                if point.what == "prefill":
+                    found[cell] = measure_prefill(model, prompt)
+                    continue
+                try:
+                    sample = measure(model, run)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self._give_up(row, mode, f"compiling the step failed: {first_line(error)}")
+                    continue
+            compiling += sample.first_ms / 1e3 if mode.compiled else 0.0
+            # What was compiled in a block that is then measured again stays compiled.
+            found[cell] = replace(sample, first_ms=self.first_ms.setdefault(cell, sample.first_ms))
+        return found, compiling
+
+    def _give_up(self, row: str, mode: Mode, reason: str) -> None:
+        """A mode that does not work for a row: its cells go, at every point."""
+        self.modes[row] = [kept for kept in self.modes[row] if kept is not mode]
+        if not self.modes[row]:
+            raise LinearizeError(f"modes: row {row!r} has none but {mode.name}, and {reason}; add another mode")
+        self.skipped.append({"row": row, "mode": mode.name, "reason": reason})
+        self.samples = {cell: kept for cell, kept in self.samples.items() if (cell.row, cell.mode) != (row, mode.name)}
+
+    def _drop(self, point: Point, reason: str) -> None:
+        """A point that needs too much memory: also what was measured of it before, for all rows alike."""
+        self.too_large[point] = reason
+        self.seconds.pop(point, None)
+        if point.what == "prefill":
+            self.prefills = {key: kept for key, kept in self.prefills.items() if key[1] != point.context}
+        else:
+            place = point.context, point.batch
+            self.samples = {cell: kept for cell, kept in self.samples.items() if (cell.context, cell.batch) != place}
+        self.blocks = [block for block in self.blocks if not point.described.items() <= block.items()]
+
+    def _filled(self, point: Point) -> bool:
+        return point.what == "decode" and self.fill is not None and point.size > self.fill
+
+    def _length(self, repeat: int, point: Point) -> int:
+        """Tokens in the cache before the steps that warm up. Consecutive over the repeats; see the module."""
+        return point.context if point.what == "prefill" else point.context - WARMUP + repeat * self.decode_tokens
+
+    def _extent(self, repeat: int, point: Point) -> tuple[int, int]:
+        """Tokens that are read, and the capacity of a preallocated cache, which is the same in every repeat: another
+        length would be another graph."""
+        length = self._length(repeat, point)
+        if point.what == "prefill":
+            return length, length
+        read = tokens_to_read(length, self.period) if self._filled(point) else length
+        return read, point.context + self.repeats * self.decode_tokens
+
+    def _does_not_fit(self, point: Point, read: int, capacity: int) -> str | None:
+        """Why the row that needs most would not fit into memory, or None."""
+        needs = {row: found.needed_bytes(read, capacity, point.batch) for row, found in self.probes.items()}
+        row, needed = max(needs.items(), key=lambda pair: pair[1])
+        available = available_memory(self.device)
+        if available is None or needed <= (1 - SPARE_MEMORY) * available:
+            return None
+        return f"{row} needs about {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free"
+
+    def reason(self, point: Point) -> str:
+        """Why a point was not measured."""
+        if point in self.too_large:
+            return self.too_large[point]
+        return f"not one repeat of all rows fitted into {self.max_minutes:g} minutes"
+
+    def context_prefills(self, points: Sequence[Point]) -> dict[tuple[str, int], list[float]]:
+        """The prefills of contexts that were read, with the smallest batch: each row's faster mode."""
+        found: dict[tuple[str, int], list[float]] = {}
+        batch = min((point.batch for point in points), default=1)
+        for cell, samples in self.samples.items():
+            times = [sample.prefill_ms for sample in samples if sample.prefill_ms is not None]
+            if times and cell.batch == batch:
+                key = cell.row, cell.context
+                found[key] = min(found.get(key, times), times, key=median)
+        return found
+
+    def _expected(self, repeat: int, point: Point) -> float:
         """Seconds that a block will take at least; 0 where nothing was measured yet."""
-        if context in self.seconds:
-            return self.seconds[context]
-        if repeat:  # dropped in the first round: repeats of other contexts would have to become cheaper to fit it
+        if point in self.seconds:
+            return self.seconds[point]
+        if repeat:  # dropped in the first round: repeats of other points would have to become cheaper to fit it
             return float("inf")
-        nearest = max(self.seconds, default=0)
-        # Prefill grows at least in proportion to the context.
-        return self.seconds[nearest] * context / nearest if nearest else 0.0
+        kind = point.what, self._filled(point)
+        smaller = [known for known in self.seconds if (known.what, self._filled(known)) == kind]
+        if not smaller:
+            return 0.0
+        nearest = max(smaller, key=lambda known: known.size)
+        # A prefill grows at least in proportion to the tokens; what is filled in costs little beside the steps.
+        return self.seconds[nearest] * (1 if self._filled(point) else point.size / nearest.size)
 
     def _late(self, seconds: float) -> bool:
         """Whether `seconds` from now is past the deadline. Before the first whole block nothing is late."""
@@ -222,43 +515,69 @@ class _Bench:
             return False
         return time.perf_counter() + seconds > self.deadline
 
-    def _matmul_ms(self) -> float:
-        if not self.device:
-            with self.rows[BASELINE]() as model:
-                self.device = str(device_of(model))
-        return matmul_ms(torch.device(self.device))
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn an allocation that failed into `_OutOfMemory`; on a CPU PyTorch raises a plain RuntimeError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _OutOfMemory(f"out of memory: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _OutOfMemory(f"out of memory: {first_line(error)}") from error
 
 
-def measure(model: nn.Module, prompt: Tensor, cache: str, decode_tokens: int) -> Sample:
-    """Prefill a prompt, warm up, then time greedy steps, one token each.
+def measure_prefill(model: nn.Module, prompt: Tensor) -> float:
+    """Milliseconds of reading a prompt, LongTensor (batch, length), into the cache that the model makes itself."""
+    return _prefill(model, prompt.to(device_of(model)), None)[1]
 
-    Args:
-        model: in evaluation mode.
-        prompt: LongTensor (batch, length).
-        cache: `"static"` preallocates with transformers' StaticCache; `"dynamic"` is what the model makes itself:
-            DynamicCache, with the layers of a converted model where there are any.
-        decode_tokens: timed steps.
-    """
-    device = device_of(model)
-    prompt = prompt.to(device)
-    past = None
-    if cache == "static":
-        from transformers import StaticCache
 
-        past = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + WARMUP + decode_tokens)
+def _prefill(model: nn.Module, prompt: Tensor, past: Any) -> tuple[Any, float]:
     gc.collect()  # here rather than inside a timed step
-    synchronize(device)
+    synchronize(prompt.device)
     start = time.perf_counter()
     # Logits of the last token only, as in generation: all of them would be gigabytes.
     output = model(input_ids=prompt, past_key_values=past, use_cache=True, logits_to_keep=1)
-    synchronize(device)
-    prefill_ms = 1e3 * (time.perf_counter() - start)
-    steps = []
-    for _ in range(WARMUP + decode_tokens):
+    synchronize(prompt.device)
+    return output, 1e3 * (time.perf_counter() - start)
+
+
+def measure(model: nn.Module, run: Run) -> Sample:
+    """Prefill a prompt, fill in the rest of the context, warm up, then time greedy steps, one token each.
+
+    Args:
+        model: in evaluation mode; without gradients, but not in inference mode, in which nothing compiles as `generate`
+            compiles it.
+        run: what to do.
+    """
+    device = device_of(model)
+    past = preallocated(model, run.capacity) if run.mode.static else None
+    output, prefill_ms = _prefill(model, run.prompt.to(device), past)
+    past = output.past_key_values
+    if run.filled:
+        extend(past, run.filled)
+    step = compiled_call(model, device) if run.mode.compiled else model
+    times, before, skips = [], 0, -cuda_graphs_skipped() if run.mode.compiled else 0
+    for index in range(WARMUP + run.decode_tokens):
         token = output.logits[:, -1:].argmax(-1)
+        if run.mode.compiled and index == WARMUP:
+            before = compilations()
+        if run.mode.compiled and device.type == "cuda":
+            # The logits of the step before, which a CUDA graph is about to overwrite, are done with.
+            torch.compiler.cudagraph_mark_step_begin()
         synchronize(device)
         start = time.perf_counter()
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = step(input_ids=token, past_key_values=past, use_cache=True)
         synchronize(device)
-        steps.append(1e3 * (time.perf_counter() - start))
-    return Sample(prefill_ms, tuple(steps[WARMUP:]), cache_bytes(output.past_key_values))
+        times.append(1e3 * (time.perf_counter() - start))
+    return Sample(
+        prefill_ms=None if run.filled else prefill_ms,
+        step_ms=tuple(times[WARMUP:]),
+        cache_bytes=cache_bytes(past),
+        filled=run.filled,
+        first_ms=times[0],
+        recompiles=compilations() - before if run.mode.compiled else 0,
+        skipped_graphs=skips + cuda_graphs_skipped() if run.mode.compiled else 0,
+    )

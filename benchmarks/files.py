@@ -32,15 +32,16 @@ def write_json(path: str | Path, data: Any) -> Path:
     return write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, kind: str) -> dict[str, Any]:
+def read_json(path: str | Path, kind: str, schema: int | None = None) -> dict[str, Any]:
     """Read a result that `write_json` wrote.
 
     Args:
         path: the file.
         kind: the value that its `"kind"` key must have, such as `"linearize.evaluate"`.
+        schema: the value that its `"schema"` key must have; None takes any.
 
     Raises:
-        LinearizeError: the file is not JSON, or holds another kind of result.
+        LinearizeError: the file is not JSON, or holds another kind of result, or one in another form.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -49,4 +50,9 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
     found = data.get("kind") if isinstance(data, dict) else None
     if found != kind:
         raise LinearizeError(f"{path}: holds {found!r}, expected {kind!r}; write it again with `linearize`")
+    if schema is not None and data.get("schema") != schema:
+        raise LinearizeError(
+            f"{path}: schema {data.get('schema')!r} of {kind!r} was written by another version of linearize, and this "
+            f"one reads {schema}; measure again"
+        )
     return data

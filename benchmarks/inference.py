@@ -32,12 +32,14 @@ Rows = dict[str, Callable[[], AbstractContextManager[Any]]]
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(
+    model: nn.Module, without_gradients: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
+) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its former mode back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with without_gradients():
             yield
     finally:
         for module, training in modes:

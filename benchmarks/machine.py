@@ -8,6 +8,7 @@
      "memory_gib": float | null,
      "gpu": {"name": str, "memory_gib": float} | null,
      "threads": int,                               PyTorch's, on the CPU
+     "threads_set": {"OMP_NUM_THREADS": "2", ...}, the variables of the environment that set them; {}: none did
      "versions": {"python": str, "torch": str, "transformers": str | null, "peft": ..., "linearize": ...},
      "commit": {"hash": str, "changed": bool} | null,
      "command": str, "seed": int | null}
@@ -30,13 +31,16 @@ import torch
 
 import linearize
 
-__all__ = ["machine_info", "matmul_ms"]
+__all__ = ["available_memory", "machine_info", "matmul_ms", "synchronize"]
 
 # The instructions that decide which dtype is fast on a CPU.
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8")
 # The names that ARM gives to the same.
 FLAGS_ARM = ("asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2")
+# What PyTorch's pools of threads read when they start.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PACKAGES = ("transformers", "peft", "accelerate", "triton", "flash-linear-attention")
+CGROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 MATMUL_SIZE = 512
 MATMUL_REPEATS = 7
 
@@ -55,6 +59,7 @@ def machine_info(seed: int | None = None, command: Sequence[str] | None = None) 
         "memory_gib": _memory_gib(),
         "gpu": _gpu(),
         "threads": torch.get_num_threads(),
+        "threads_set": {name: os.environ[name] for name in THREAD_VARIABLES if os.environ.get(name)},
         "versions": _versions(),
         "commit": _commit(Path(linearize.__file__).resolve().parents[1]),
         "command": _command(sys.argv if command is None else command),
@@ -84,6 +89,37 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or None where nothing tells.
+
+    On a GPU what is free, and what PyTorch holds without using it. On a CPU what Linux calls available, or what is left
+    of a container's limit, where that is less.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [left for left in (_meminfo_available(), _cgroup_left()) if left is not None]
+    return min(found, default=None)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_left() -> int | None:
+    """What is left of the container's limit; pages of files that the kernel would give up count as left."""
+    try:
+        limit, used = (int((CGROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
+        return None
+    return max(limit - used + int(kinds.get("inactive_file", 0)), 0)
+
+
 def _cpu() -> dict[str, Any]:
     model, found = None, set()
     try:
@@ -109,7 +145,7 @@ def _cpu() -> dict[str, Any]:
 def _cpu_quota() -> float | None:
     """How many cores' time the container may use, or None where nothing limits it. `os.cpu_count` does not know."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return None if quota == "max" else int(quota) / int(period)

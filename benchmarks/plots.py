@@ -225,10 +225,11 @@ def _text(x: float, y: float, text: str, anchor: str, style: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" style="{style}">{text}</text>'
 
 
-def _series(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def _series(result: dict[str, Any], batch: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
     series: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in result["cells"]:
-        series.setdefault((cell["row"], cell["cache"]), []).append(cell)
+        if cell["batch"] == batch:
+            series.setdefault((cell["row"], cell["mode"]), []).append(cell)
     return series
 
 
@@ -238,19 +239,23 @@ def _contexts(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel("context in tokens")
 
 
-def plot_decode(result: dict[str, Any]) -> str:
-    """Milliseconds per token by context, with the range of the repeats."""
+# Mode -> line style; the first is the row's own.
+MODE_LINES = {"static": "--", "static+compile": "-.", "compile": ":"}
+
+
+def plot_decode(result: dict[str, Any], batch: int) -> str:
+    """Milliseconds per token by context at one batch, with the range of the repeats."""
 
     def draw(axes: Any) -> None:
-        series = _series(result)
-        for (row, cache), cells in series.items():
+        series = _series(result, batch)
+        for (row, mode), cells in series.items():
             times = [cell["ms_per_token"] for cell in cells]
             below = [t["p50"] - min(t["min"], t["p50"]) for t in times]
             above = [max(t["max"], t["p50"]) - t["p50"] for t in times]
             style = _style(row)
-            if cache == "static":
-                style |= {"linestyle": "--", "markerfacecolor": "none"}
-            label = f"{row}, {cache} cache" if row == result["baseline"] else row
+            if mode in MODE_LINES:
+                style |= {"linestyle": MODE_LINES[mode], "markerfacecolor": "none"}
+            label = row if len(result["modes"][row]) == 1 else f"{row}, {mode}"
             middles = [t["p50"] for t in times]
             contexts = [cell["context"] for cell in cells]
             axes.errorbar(contexts, middles, yerr=[below, above], label=label, capsize=2, elinewidth=0.8, **style)
@@ -259,18 +264,20 @@ def plot_decode(result: dict[str, Any]) -> str:
         axes.set_ylabel("ms per token")
         _legend(axes, len(series))
 
-    return _svg("decode", "Milliseconds per token by context, one line a row", draw)
+    return _svg(f"decode{batch}", "Milliseconds per token by context, one line a row and mode", draw)
 
 
 def plot_cache(result: dict[str, Any]) -> str:
-    """Bytes of the cache by context, both axes logarithmic."""
+    """Bytes of each row's smallest cache by context at the smallest batch, both axes logarithmic."""
 
     def draw(axes: Any) -> None:
-        series = _series(result)
-        for (row, cache), cells in series.items():
-            if cache == "dynamic":
-                totals = [cell["cache_bytes"]["total"] / 2**20 for cell in cells]
-                axes.plot([cell["context"] for cell in cells], totals, label=row, **_style(row))
+        held: dict[str, dict[int, float]] = {}
+        for (row, _), cells in _series(result, result["batches"][0]).items():
+            for cell in cells:
+                total, known = cell["cache_bytes"]["total"] / 2**20, held.setdefault(row, {})
+                known[cell["context"]] = min(known.get(cell["context"], total), total)
+        for row, by_context in held.items():
+            axes.plot(list(by_context), list(by_context.values()), label=row, **_style(row))
         _contexts(axes, result)
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)

@@ -32,7 +32,7 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     paths = {name: folder / name for name in ("evaluate.json", "bench.json", "train.jsonl", "recipe.yaml")}
     quality = read_json(path, evaluate.KIND) if (path := paths["evaluate.json"]).is_file() else None
-    speed = read_json(path, decode.KIND) if (path := paths["bench.json"]).is_file() else None
+    speed = decode.read_bench(path) if (path := paths["bench.json"]).is_file() else None
     log = read_train_log(path) if (path := paths["train.jsonl"]).is_file() else []
     if quality is None and speed is None and not log:
         raise LinearizeError(
@@ -217,24 +217,23 @@ def _needle(result: dict[str, Any]) -> str:
 
 def _speed(result: dict[str, Any], drawn: bool) -> str:
     rows = []
-    speedups = {(pair["row"], pair["context"]): pair for pair in result["comparisons"]}
+    speedups = {(pair["row"], pair["context"], pair["batch"], pair["mode"]): pair for pair in result["comparisons"]}
     for cell in result["cells"]:
         times, prefill, held = cell["ms_per_token"], cell["prefill_ms"], cell["cache_bytes"]
-        pair = speedups.get((cell["row"], cell["context"]))
+        pair = speedups.get((cell["row"], cell["context"], cell["batch"], cell["mode"]))
         rows.append(
             [
-                f"{cell['row']}, {cell['cache']} cache" if cell["row"] == BASELINE else cell["row"],
+                f"{cell['row']}, {cell['mode']}",
                 str(cell["context"]),
+                str(cell["batch"]),
                 number(times["p50"]),
                 f"{number(times['min'])} to {number(times['max'])}",
                 number(times["p95"]),
                 number(times["mean"]),
                 number(cell["tokens_per_s"]),
-                "–"
-                if pair is None
-                else f"{number(pair['speedup']['p50'])} ({_range([pair['speedup'][end] for end in ('min', 'max')])})",
-                number(prefill["p50"]),
-                f"{number(prefill['min'])} to {number(prefill['max'])}",
+                "–" if pair is None else f"{number(pair['speedup']['p50'])} ({_range(pair['speedup']['ci95'])})",
+                "–" if prefill is None else number(prefill["p50"]),
+                "–" if prefill is None else f"{number(prefill['min'])} to {number(prefill['max'])}",
                 size(held["total"]),
                 size(held["softmax"]),
                 size(held["window"]),
@@ -242,15 +241,21 @@ def _speed(result: dict[str, Any], drawn: bool) -> str:
                 str(cell["repeats"]),
             ]
         )
-    head = ["row", "context", "ms per token, median", "repeats’ medians", "p95", "mean", "tokens/s"]
+    head = ["row", "context", "batch", "ms per token, median", "repeats’ medians", "p95", "mean", "tokens/s"]
     head += ["original’s time over the row’s", "prefill ms", "range", "cache", "softmax", "window", "state", "repeats"]
     caption = (
-        f"Decoding {result['decode_tokens']} tokens a repeat, batch {result['batch']}, on {result['device']}, "
+        f"Decoding {result['decode_tokens']} tokens a repeat, on {result['device']}, "
         f"CPU threads: {result['threads']}, {', '.join(sorted(set(result['dtypes'].values())))}"
     )
     figures = (
         _figures(
-            (plots.plot_decode(result), "Time per token while decoding; bars span the repeats’ medians."),
+            *(
+                (
+                    plots.plot_decode(result, batch),
+                    f"Time per token while decoding, batch {batch}; bars span the repeats’ medians.",
+                )
+                for batch in result["batches"]
+            ),
             (plots.plot_cache(result), "Bytes held between two tokens; preallocated caches left out."),
         )
         if drawn
@@ -261,9 +266,10 @@ def _speed(result: dict[str, Any], drawn: bool) -> str:
         figures,
         page.table(caption, head, rows, strong=STUDENT),
         page.paragraph(
-            "Rows take turns within each repeat. The original is measured under a growing cache (dynamic) and a "
-            "preallocated one (static); the better one at each context is what others are compared with. "
-            "Nothing is compiled.",
+            "Rows take turns within each repeat. Each row is measured in every mode that it has: under a growing cache "
+            "(dynamic), a preallocated one (static), with its step compiled. The best mode of the original at each "
+            "context and batch is compared with the best mode of each other row; after the ratio stands its paired "
+            "95 % interval. No prefill stands where a part of the context was filled in, not read.",
             "small",
         ),
     )

@@ -261,18 +261,28 @@ def _needle(needle: dict[str, Any]) -> Sentence:
 def speed_sentences(result: dict[str, Any]) -> list[Sentence]:
     """What a bench.json says about the student, then about the measurement itself."""
     sentences = []
-    if STUDENT in result["crossover"]:
+    if any(pair["row"] == STUDENT for pair in result["comparisons"]):
         sentences += [_speed(result, pair) for pair in result["comparisons"] if pair["row"] == STUDENT]
-        sentences += [_crossover(result["crossover"][STUDENT]), _prefill(result), _memory(result)]
+        sentences += [_crossover(result, found) for found in result["crossover"] if found["row"] == STUDENT]
+        sentences += [*_prefill(result), _memory(result)]
     else:
         sentences.append(Sentence("note", "No student was timed."))
     for drop in result["dropped"]:
-        sentences.append(Sentence("note", f"Context {drop['context']} was dropped: {drop['reason']}."))
+        place = f"{drop['context']}{_at_batch(result, drop['batch'])}"
+        what = "Context" if drop["what"] == "decode" else "The prefill of"
+        sentences.append(Sentence("note", f"{what} {place} was dropped: {drop['reason']}."))
     short = sorted({cell["context"] for cell in result["cells"] if cell["repeats"] < result["repeats_asked"]})
     if short:
         contexts = ", ".join(map(str, short))
         asked = result["repeats_asked"]
         sentences.append(Sentence("note", f"Context {contexts}: time was up before all {asked} repeats were done."))
+    for skipped in result["skipped"]:
+        text = f"{skipped['row']}, {skipped['mode']} was not measured: {skipped['reason']}."
+        sentences.append(Sentence("note", text[0].upper() + text[1:]))
+    spoilt = sorted({f"{cell['row']}, {cell['mode']}" for cell in result["cells"] if cell["recompiles"]})
+    if spoilt:
+        text = f"Compiled again during timed steps, so that their times are not to be trusted: {'; '.join(spoilt)}."
+        sentences.append(Sentence("bad", text))
     moved, blocks = sum(block["moved"] for block in result["blocks"]), len(result["blocks"])
     if moved:
         sentences.append(
@@ -281,68 +291,95 @@ def speed_sentences(result: dict[str, Any]) -> list[Sentence]:
     return sentences
 
 
-def cell_of(result: dict[str, Any], row: str, context: int, cache: str = "dynamic") -> dict[str, Any]:
+def _at_batch(result: dict[str, Any], batch: int) -> str:
+    """Said only where batches differ."""
+    return f", batch {batch}" if len(result["batches"]) > 1 else ""
+
+
+def cell_of(result: dict[str, Any], row: str, context: int, batch: int, mode: str) -> dict[str, Any]:
     """The record of one cell of a bench.json."""
     return next(
-        cell for cell in result["cells"] if (cell["row"], cell["context"], cell["cache"]) == (row, context, cache)
+        cell
+        for cell in result["cells"]
+        if (cell["row"], cell["context"], cell["batch"], cell["mode"]) == (row, context, batch, mode)
     )
 
 
 def _speed(result: dict[str, Any], pair: dict[str, Any]) -> Sentence:
-    context = pair["context"]
-    ours = cell_of(result, STUDENT, context)
-    theirs = cell_of(result, BASELINE, context, pair["baseline_cache"])
+    context, batch = pair["context"], pair["batch"]
+    ours = cell_of(result, STUDENT, context, batch, pair["mode"])
+    theirs = cell_of(result, BASELINE, context, batch, pair["baseline_mode"])
     text = (
-        f"At {context} tokens of context the student decodes a token in {number(ours['ms_per_token']['p50'])} ms, "
-        f"the original in {number(theirs['ms_per_token']['p50'])} ms ({pair['baseline_cache']} cache): "
+        f"At {context} tokens of context{_at_batch(result, batch)} the student decodes a token in "
+        f"{number(ours['ms_per_token']['p50'])} ms ({pair['mode']}), "
+        f"the original in {number(theirs['ms_per_token']['p50'])} ms ({pair['baseline_mode']}): "
     )
     speedup = pair["speedup"]
-    once = ours["repeats"] == 1
+    faster = speedup["p50"] > 1
+    value, word = number(speedup["p50"] if faster else 1 / speedup["p50"]), "faster" if faster else "slower"
+    if speedup["ci95"] is None:
+        return Sentence("open", f"{text}{value} times {word}, by one repeat, which has no spread.")
     if pair["verdict"] == "undecided":
         return Sentence("open", f"{text}no difference, the repeats disagree.")
-    if pair["verdict"] == "faster":
-        low, high = number(speedup["min"]), number(speedup["max"])
-        value, word, tone = number(speedup["p50"]), "faster", "good"
-    else:
-        low, high = number(1 / speedup["max"]), number(1 / speedup["min"])
-        value, word, tone = number(1 / speedup["p50"]), "slower", "bad"
-    span = "one repeat, no spread" if once else f"{low} to {high} over {ours['repeats']} repeats"
-    return Sentence(tone, f"{text}{value} times {word} ({span}).")
+    low, high = speedup["ci95"] if faster else [1 / end for end in reversed(speedup["ci95"])]
+    span = f"95 % interval {number(low)} to {number(high)}, {ours['repeats']} repeats"
+    return Sentence("good" if faster else "bad", f"{text}{value} times {word} ({span}).")
 
 
-def _crossover(crossover: dict[str, Any]) -> Sentence:
-    to = crossover["measured_to"]
+def _crossover(result: dict[str, Any], crossover: dict[str, Any]) -> Sentence:
+    to = f"{crossover['measured_to']} tokens{_at_batch(result, crossover['batch'])}"
     if crossover["kind"] == "at":
-        return Sentence(
-            "good", f"The student becomes faster at about {number(crossover['context'])} tokens of context."
-        )
+        at = f"{number(crossover['context'])} tokens of context{_at_batch(result, crossover['batch'])}"
+        return Sentence("good", f"The student becomes faster at about {at}.")
     if crossover["kind"] == "everywhere":
-        return Sentence("good", f"By the medians the student is faster from the first context on, up to {to} tokens.")
+        return Sentence("good", f"By the medians the student is faster from the first context on, up to {to}.")
     if crossover["kind"] == "never":
-        return Sentence("bad", f"By the medians the student is not faster at any context up to {to} tokens.")
-    return Sentence("open", f"Faster at some contexts, slower at longer ones: no single crossover up to {to} tokens.")
+        return Sentence("bad", f"By the medians the student is not faster at any context up to {to}.")
+    return Sentence("open", f"Faster at some contexts, slower at longer ones: no single crossover up to {to}.")
 
 
-def _prefill(result: dict[str, Any]) -> Sentence:
-    """Prefill at the longest context, against the original's faster cache."""
-    context = result["contexts"][-1]
-    ours = cell_of(result, STUDENT, context)["prefill_ms"]
-    caches = [cell for cell in result["cells"] if (cell["row"], cell["context"]) == (BASELINE, context)]
-    theirs = min((cell["prefill_ms"] for cell in caches), key=lambda times: times["p50"])
-    text = f"Prefill of {context} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
+def _prefill(result: dict[str, Any]) -> list[Sentence]:
+    """Prefill of the most tokens that both read, each in its faster mode, and how it grows."""
+    best: dict[tuple[int, int, str], dict[str, float]] = {}
+    found = [((cell["context"], -cell["batch"], cell["row"]), cell["prefill_ms"]) for cell in result["cells"]]
+    found += [((part["length"], -part["batch"], part["row"]), part["ms"]) for part in result["prefill"]]
+    for key, times in found:
+        if times is not None:
+            best[key] = min(best.get(key, times), times, key=lambda known: known["p50"])
+    both = [(length, batch) for length, batch, row in best if row == STUDENT and (length, batch, BASELINE) in best]
+    if not both:
+        return []
+    tokens, batch = max(both)
+    ours, theirs = best[tokens, batch, STUDENT], best[tokens, batch, BASELINE]
+    text = f"Prefill of {tokens} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
     if ours["max"] < theirs["min"]:
-        return Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")
-    if ours["min"] > theirs["max"]:
-        return Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")
-    return Sentence("open", f"{text}; no difference, their ranges overlap.")
+        first = Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")
+    elif ours["min"] > theirs["max"]:
+        first = Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")
+    else:
+        first = Sentence("open", f"{text}; no difference, their ranges overlap.")
+    growth = {part["row"]: part for part in result["prefill_growth"]}
+    if not {STUDENT, BASELINE} <= growth.keys():
+        return [first]
+    part = growth[STUDENT]
+    text = (
+        f"From {part['from']} to {part['to']} tokens, {number(part['to'] / part['from'])} times as many, the student's "
+        f"prefill grows {number(part['ratio'])} times, the original's {number(growth[BASELINE]['ratio'])} times."
+    )
+    return [first, Sentence("note", text)]
 
 
 def _memory(result: dict[str, Any]) -> Sentence:
-    """Cache bytes at the longest context; the original under DynamicCache, which holds no spare room."""
-    context = result["contexts"][-1]
-    ours = cell_of(result, STUDENT, context)["cache_bytes"]["total"]
-    theirs = cell_of(result, BASELINE, context)["cache_bytes"]["total"]
-    text = f"Cache at {context} tokens: {size(ours)}, the original {size(theirs)}"
+    """Cache bytes at the longest context, at its smallest batch; the original's smallest, which holds no spare room."""
+    context = max(pair["context"] for pair in result["comparisons"])
+    batch = min(pair["batch"] for pair in result["comparisons"] if pair["context"] == context)
+    held: dict[str, int] = {}
+    for cell in result["cells"]:
+        if (cell["context"], cell["batch"]) == (context, batch):
+            total = cell["cache_bytes"]["total"]
+            held[cell["row"]] = min(held.get(cell["row"], total), total)
+    ours, theirs = held[STUDENT], held[BASELINE]
+    text = f"Cache at {context} tokens{_at_batch(result, batch)}: {size(ours)}, the original {size(theirs)}"
     if ours < theirs:
         return Sentence("good", f"{text}, {number(theirs / ours)} times as much.")
     return Sentence("bad", f"{text}; the student's cache is not smaller at this context.")

@@ -298,21 +298,31 @@ class BenchOptions(Record):
     """What is measured about speed.
 
     Attributes:
-        contexts: tokens in the cache when decoding starts; 3 are the least that leave room to warm up.
+        contexts: tokens in the cache when decoding starts; 5 are the least that leave room to warm up.
+        batch: numbers of sequences decoded at once; every context is measured with each.
         decode_tokens: tokens decoded in one repeat.
         repeats: interleaved repeats, of which the median is reported.
-        batch: sequences decoded at once.
+        modes: in which the rows decode, see `linearize.benchmarks.modes`; `None` is all that a row has. Compiling takes
+            a minute or more for every context and batch.
+        fill: where context times batch exceeds it, a part of the context is filled in instead of read; `None` reads
+            all.
+        prefill: lengths whose prefill is timed besides.
         minutes: no repeat is begun after this long, and a context that no repeat was done for is dropped, for all
             rows alike; `None` is no limit.
     """
 
-    contexts: tuple[int, ...] = option((1024, 4096, 8192), least=3)
+    contexts: tuple[int, ...] = option((1024, 4096, 8192), least=5)
+    batch: tuple[int, ...] = option((1,), least=1)
     decode_tokens: int = option(16, least=1)
     repeats: int = option(5, least=1)
-    batch: int = option(1, least=1)
+    modes: tuple[Literal["dynamic", "static", "static+compile", "compile"], ...] | None = None
+    fill: int | None = option(8192, least=1)
+    prefill: tuple[int, ...] = option((), least=1)
     minutes: float | None = option(None, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.contexts:
-            raise RecipeError("contexts", "the list is empty; name at least one context, e.g. 1024")
+        for name in ("contexts", "batch"):
+            if not getattr(self, name):
+                example = {"contexts": "one context, e.g. 1024", "batch": "one number of sequences, e.g. 1"}[name]
+                raise RecipeError(name, f"the list is empty; name at least {example}")

@@ -32,7 +32,7 @@ from linearize.cli_options import (
 )
 from linearize.cli_select import select
 from linearize.config import LinearizeConfig
-from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
+from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_counts, parse_tokens
 from linearize.errors import LinearizeError
 
 __all__ = ["app", "main"]
@@ -331,27 +331,54 @@ def bench_decode(
     model: Model,
     base: Base = None,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens; 1k = 1024.")] = "1k,4k,8k",
+    batch: Annotated[str, typer.Option(help="Sequences at once; a list is measured at every context.")] = "1",
     decode_tokens: Annotated[int, typer.Option(help="Timed steps a repeat.")] = 16,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats, of which the median is shown.")] = 5,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    modes: Annotated[
+        str | None, typer.Option(help="Among dynamic, static, static+compile, compile; all that a row has if left out.")
+    ] = None,
+    fill: Annotated[
+        str, typer.Option(help="Of more tokens than this, context times batch, a part is filled in, not read; or none.")
+    ] = "8k",
+    prefill: Annotated[str | None, typer.Option(help="Lengths in tokens whose prefill is timed besides.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Time the original once more, as a row: the measurement's own error.")
+    ] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop in time, and leave out contexts that do not fit.")] = None,
     out: ResultFile = None,
     dtype: DType = "auto",
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure milliseconds per token, prefill and cache by context, against the original under its better cache.
+    """Measure milliseconds per token, prefill and cache by context and batch, each model in its best mode.
 
-    Example: linearize bench decode runs/demo/student --contexts 1k,8k,32k --repeats 5
+    Example: linearize bench decode runs/demo/student --contexts 1k,8k,32k --batch 1,4 --prefill 4k,32k
     """
-    lengths = parse_tokens(contexts, "contexts")
+    options = {
+        "contexts": parse_tokens(contexts, "contexts"),
+        "batches": parse_counts(batch, "batch"),
+        "decode_tokens": decode_tokens,
+        "repeats": repeats,
+        "modes": None if modes is None else [mode.strip() for mode in modes.split(",")],
+        "fill": _fill_limit(fill),
+        "prefill": () if prefill is None else parse_tokens(prefill, "prefill"),
+        "max_minutes": minutes,
+    }
     quiet()
     from linearize.tables import print_bench
     from linearize.tasks import bench_model
 
-    options = {"contexts": lengths, "decode_tokens": decode_tokens, "repeats": repeats, "batch": batch}
     with _result_file(model, out, "bench.json") as file:
-        print_bench(bench_model(model, base, options | {"max_minutes": minutes}, file, dtype, device, seed))
+        print_bench(bench_model(model, base, options, file, dtype, device, seed, control))
+
+
+def _fill_limit(text: str) -> int | None:
+    if text == "none":
+        return None
+    limit = parse_tokens(text, "fill")
+    if len(limit) > 1:
+        raise LinearizeError(f"fill: {text!r} is a list; give one number of tokens, or none")
+    return limit[0]
 
 
 @bench_app.command("compile", cls=PlainCommand)

@@ -10,7 +10,16 @@ from typer.core import TyperCommand, TyperGroup
 
 from linearize.errors import LinearizeError
 
-__all__ = ["OneLineErrors", "PlainCommand", "PlainGroup", "human_bytes", "human_tokens", "note", "parse_tokens"]
+__all__ = [
+    "OneLineErrors",
+    "PlainCommand",
+    "PlainGroup",
+    "human_bytes",
+    "human_tokens",
+    "note",
+    "parse_counts",
+    "parse_tokens",
+]
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
@@ -109,6 +118,19 @@ def parse_tokens(text: str, option: str) -> tuple[int, ...]:
             )
         counts.append(int(digits) * factor)
     return tuple(counts)
+
+
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """`"1,4,16"` -> (1, 4, 16).
+
+    Raises:
+        LinearizeError: not a comma-separated list of whole numbers of at least 1; names `option`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdecimal() or int(part) < 1:
+            raise LinearizeError(f"{option}: {part!r} is not a whole number >= 1; write for example 1,4,16")
+    return tuple(map(int, parts))
 
 
 def human_tokens(tokens: int) -> str:

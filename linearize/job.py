@@ -363,7 +363,10 @@ class Job:
             next(iter(self._texts.values())),
             decode_tokens=options.decode_tokens,
             repeats=options.repeats,
-            batch=options.batch,
+            batches=options.batch,
+            modes=options.modes,
+            fill=options.fill,
+            prefill=options.prefill,
             max_minutes=options.minutes,
             seed=self.recipe.seed,
         )

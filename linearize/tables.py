@@ -137,24 +137,73 @@ def _evaluation_columns(result: dict[str, Any]) -> tuple[list[str], list[Callabl
 
 
 def print_bench(result: dict[str, Any]) -> None:
-    """The cells of bench.json, and from which context on each row is faster."""
-    rows = [
-        [
-            human_tokens(cell["context"]),
-            f"{cell['row']}, {cell['cache']} cache" if cell["row"] == result["baseline"] else cell["row"],
-            f"{cell['ms_per_token']['p50']:.2f}",
-            f"{cell['ms_per_token']['p95']:.2f}",
-            f"{cell['prefill_ms']['p50']:.0f}",
-            human_bytes(cell["cache_bytes"]["total"]),
+    """The cells of bench.json, a table for each batch, and from which context on each row is faster."""
+    best = {(pair["row"], pair["context"], pair["batch"], pair["mode"]): pair for pair in result["comparisons"]}
+    columns = ["context", "row", "mode", "ms per token", "p95", "tokens/s", "times as fast", "prefill ms", "cache"]
+    for batch in result["batches"]:
+        rows = []
+        for cell in result["cells"]:
+            if cell["batch"] != batch:
+                continue
+            pair = best.get((cell["row"], cell["context"], batch, cell["mode"]))
+            rows.append(
+                [
+                    human_tokens(cell["context"]),
+                    cell["row"],
+                    cell["mode"],
+                    f"{cell['ms_per_token']['p50']:.2f}",
+                    f"{cell['ms_per_token']['p95']:.2f}",
+                    f"{cell['tokens_per_s']:.1f}",
+                    "-" if pair is None else _speedup(pair["speedup"]),
+                    "-" if cell["prefill_ms"] is None else f"{cell['prefill_ms']['p50']:.0f}",
+                    human_bytes(cell["cache_bytes"]["total"]),
+                ]
+            )
+        title = f"decode, batch {batch}, {result['threads']} threads, {result['device']}"
+        print_table(title, columns, rows)
+    if result["prefill"]:
+        rows = [
+            [human_tokens(found["length"]), found["row"], f"{found['ms']['p50']:.0f}"] for found in result["prefill"]
         ]
-        for cell in result["cells"]
+        print_table(f"prefill, batch {result['prefill'][0]['batch']}", ["tokens", "row", "ms"], rows)
+    for found in result["crossover"]:
+        batch = f", batch {found['batch']}" if len(result["batches"]) > 1 else ""
+        print(f"{found['row']}{batch}: {_crossover(found)}")
+    for line in _bench_notes(result):
+        print(line)
+
+
+def _speedup(speedup: dict[str, Any]) -> str:
+    """A ratio with its 95 % interval."""
+    return f"{speedup['p50']:.2f} ({_interval(speedup['ci95'])})"
+
+
+def _bench_notes(result: dict[str, Any]) -> list[str]:
+    """What else was found, what was left out, and what went wrong."""
+    lines = [
+        f"{found['row']}: prefill of {human_tokens(found['to'])} tokens takes {found['ratio']:.1f} times as long as of "
+        f"{human_tokens(found['from'])}"
+        for found in result["prefill_growth"]
     ]
-    title = f"decode, batch {result['batch']}, {result['threads']} threads, {result['device']}"
-    print_table(title, ["context", "row", "ms per token", "p95", "prefill ms", "cache"], rows)
-    for name, found in result["crossover"].items():
-        print(f"{name}: {_crossover(found)}")
+    filled = sorted({cell["context"] for cell in result["cells"] if cell["filled"]})
+    if filled:
+        contexts = ", ".join(map(human_tokens, filled))
+        lines.append(f"context {contexts}: a part was read and the rest filled in, in the larger batches at least")
     for dropped in result["dropped"]:
-        print(f"context {human_tokens(dropped['context'])} left out: {dropped['reason']}")
+        place = f"{human_tokens(dropped['context'])}, batch {dropped['batch']}"
+        lines.append(f"{'context' if dropped['what'] == 'decode' else 'prefill'} {place} left out: {dropped['reason']}")
+    lines += [f"{skipped['row']}, {skipped['mode']} left out: {skipped['reason']}" for skipped in result["skipped"]]
+    for cell in result["cells"]:
+        where = f"{cell['row']}, {cell['mode']}, context {human_tokens(cell['context'])}, batch {cell['batch']}"
+        if cell["recompiles"]:
+            lines.append(f"{where}: compiled {cell['recompiles']} times during timed steps; do not trust its time")
+        if cell["skipped_graphs"]:
+            lines.append(f"{where}: {cell['skipped_graphs']} graphs ran without CUDA graphs")
+    moved = sum(block["moved"] for block in result["blocks"])
+    if moved:
+        blocks = len(result["blocks"])
+        lines.append(f"the machine's own speed moved by more than 10 % in {moved} of {blocks} blocks")
+    return lines
 
 
 def _crossover(found: dict[str, Any]) -> str:

@@ -144,17 +144,35 @@ def _near_side(model: Any) -> str:
 
 
 def bench_model(
-    name: str, base: str | None, options: dict[str, Any], out: Path, dtype: str, device: str | None, seed: int
+    name: str,
+    base: str | None,
+    options: dict[str, Any],
+    out: Path,
+    dtype: str,
+    device: str | None,
+    seed: int,
+    control: bool = False,
 ) -> dict[str, Any]:
-    """Time a model against the original attention and write the JSON; returns what was written."""
+    """Time a model against the original attention and write the JSON; returns what was written.
+
+    Args:
+        name, base: as for `load_model`.
+        options: of `bench_decode`.
+        out: the JSON.
+        dtype, device, seed: as everywhere.
+        control: time the original twice, as two rows.
+    """
     from linearize.benchmarks.decode import bench_decode
     from linearize.benchmarks.files import write_json
 
     tokenizer = load_tokenizer(name, base)
     tokens = held_out_tokens(EvaluateOptions(), *_data(name, seed), tokenizer=tokenizer)
     model, _ = load_model(name, announce_dtype(dtype, device), device, base=base)
-    result = bench_decode(speed_rows(model), tokens=tokens, seed=seed, **options)
-    note(_near_side(model))
+    rows = speed_rows(model, control)
+    result = bench_decode(rows, tokens=tokens, seed=seed, **options)
+    *_, converted = rows.values()
+    with converted() as other:
+        note(_near_side(other))
     write_json(out, result)
     return result
 

@@ -12,11 +12,13 @@ from linearize.benchmarks.choices import summarise_choices
 from linearize.benchmarks.evaluate import BASELINE, KIND, _comparisons
 from linearize.benchmarks.items import Item
 from linearize.benchmarks.machine import machine_info
+from linearize.benchmarks.modes import MODES
 from linearize.benchmarks.needle import summarise_needles
 from linearize.benchmarks.perplexity import summarise_perplexity
+from linearize.benchmarks.probe import CacheLayer, Probe
 from linearize.benchmarks.speed import Sample
 
-__all__ = ["fabricate_bench", "fabricate_evaluation", "fabricate_log", "sentence_about"]
+__all__ = ["fabricate_bench", "fabricate_evaluation", "fabricate_log", "make_probe", "sentence_about"]
 
 
 def fabricate_evaluation(
@@ -70,6 +72,20 @@ def fabricate_evaluation(
     }
 
 
+def make_probe(*modes: str, per_token: int = 100, period: int = 1) -> Probe:
+    """What a row is found to be: one layer of `per_token` bytes, on the CPU."""
+    return Probe(
+        modes=tuple(MODES[name] for name in modes),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        weight_bytes=1000,
+        period=period,
+        layers=(CacheLayer(0, per_token),),
+        token_bytes=0,
+        logits_bytes=0,
+    )
+
+
 def fabricate_bench(
     monkeypatch: pytest.MonkeyPatch, ms: dict[str, dict[int, float]], noise: float = 0.02, **options: Any
 ) -> dict[str, Any]:
@@ -78,7 +94,7 @@ def fabricate_bench(
     Args:
         ms: `"original"`, other rows, and `"static"` (the original under StaticCache) -> context -> ms per token.
         noise: relative size of the random part of each repeat's time.
-        options: of `bench_decode`.
+        options: of `bench_decode`; nothing is filled in if `fill` is left out.
     """
     generator = torch.Generator().manual_seed(1)
     current = [BASELINE]
@@ -92,19 +108,26 @@ def fabricate_bench(
 
         return enter
 
-    def measure(model: nn.Module, prompt: torch.Tensor, cache: str, decode_tokens: int) -> Sample:
-        context = min(contexts, key=lambda c: abs(c - prompt.shape[1]))
-        mean = ms["static" if cache == "static" else current[0]][context]
+    def measure(model: nn.Module, run: decode.Run) -> Sample:
+        length = run.prompt.shape[1] + run.filled
+        context = min(contexts, key=lambda c: abs(c - length))
+        mean = ms["static" if run.mode.static else current[0]][context]
         mean *= 1 + noise * float(torch.rand((), generator=generator) - 0.5)
         original = current[0] == BASELINE
         held = 23040 * context * 2 if original else 5_000_000
         parts = {"softmax": held, "window": 0, "state": 0} if original else {"softmax": 0, "window": held, "state": 0}
-        return Sample(100 * mean, (mean,) * decode_tokens, parts | {"total": held})
+        steps = (mean,) * run.decode_tokens
+        return Sample(None if run.filled else 100 * mean, steps, parts | {"total": held}, run.filled)
+
+    def probe(model: nn.Module) -> Probe:
+        return make_probe("dynamic", "static") if current[0] == BASELINE and "static" in ms else make_probe("dynamic")
 
     monkeypatch.setattr(decode, "measure", measure)
+    monkeypatch.setattr(decode, "measure_prefill", lambda model, prompt: prompt.shape[1] / 10)
     monkeypatch.setattr(decode, "matmul_ms", lambda device: 1.0)
+    monkeypatch.setattr(decode, "probe", probe)
     rows = {name: row(name) for name in ms if name != "static"}
-    return decode.bench_decode(rows, contexts, torch.arange(50), **options)
+    return decode.bench_decode(rows, contexts, torch.arange(50), **{"fill": None} | options)
 
 
 def fabricate_log() -> list[dict[str, Any]]:

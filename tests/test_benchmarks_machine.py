@@ -25,6 +25,34 @@ def test_machine_info_is_complete_and_json():
     assert info["date"].endswith("+00:00")
 
 
+def test_what_set_the_threads(monkeypatch):
+    for name in machine.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert machine.machine_info()["threads_set"] == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine.machine_info()["threads_set"] == {"OMP_NUM_THREADS": "3"}
+
+
+def test_available_memory_is_the_less_of_the_machines_and_the_containers(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert machine.available_memory(cpu) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 999 kB\nMemFree: 1 kB\nMemAvailable:     200 kB\n", encoding="utf-8")
+    assert machine.available_memory(cpu) == 200 * 1024
+    for name, text in (
+        ("memory.max", "100000"),
+        ("memory.current", "70000"),
+        ("memory.stat", "anon 5\ninactive_file 9"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert machine.available_memory(cpu) == 30_000 + 9
+    (tmp_path / "memory.current").write_text("200000", encoding="utf-8")
+    assert machine.available_memory(cpu) == 0
+    (tmp_path / "memory.max").write_text("max", encoding="utf-8")
+    assert machine.available_memory(cpu) == 200 * 1024
+
+
 def test_command_of_a_module():
     assert machine._command(["/a/linearize/__main__.py", "run", "demo"]) == "python -m linearize run demo"
     assert machine._command([]) == ""

@@ -119,7 +119,7 @@ def test_page_says_what_the_results_say(text):
         "mixer hedgehog, window 32, sinks 4",
         "The state carries information.",
         "At 1024 tokens of context the student decodes a token in",
-        "original, static cache",
+        "original, static",
         "linearize evaluate runs/demo",
         "transfer: loss of each layer by tokens read",
         "Curves of distill",
@@ -198,6 +198,13 @@ def test_results_with_holes_are_shown_as_dashes(tmp_path):
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "nan" not in text.lower().replace("nano", "")
     assert "are not finite numbers" in text
+
+
+def test_a_bench_of_an_older_version_is_refused_in_one_line(run):
+    result = json.loads((run / "bench.json").read_text(encoding="utf-8"))
+    write_json(run / "bench.json", result | {"schema": 1})
+    with pytest.raises(LinearizeError, match=r"bench\.json: schema 1 of 'linearize\.bench' .* reads 2; measure again"):
+        write_report(run)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

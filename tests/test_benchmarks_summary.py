@@ -139,16 +139,17 @@ def test_a_student_that_becomes_faster(monkeypatch):
     found = speed_sentences(result)
     short = sentence_about(found, "At 1024 tokens")
     assert short.tone == "bad"
-    assert "(dynamic cache): 1.5" in short.text
+    assert "ms (dynamic): 1.5" in short.text
     assert "times slower" in short.text
     long = sentence_about(found, "At 8192 tokens")
     assert long.tone == "good"
-    assert "(static cache): 2.0" in long.text or "(static cache): 1.9" in long.text
+    assert "ms (static): 2.0" in long.text or "ms (static): 1.9" in long.text
     assert "times faster" in long.text
-    assert "over 5 repeats" in long.text
+    assert "(95 % interval 1.9" in long.text
+    assert ", 5 repeats)" in long.text
     crossing = sentence_about(found, "The student becomes faster at about")
     assert crossing.tone == "good"
-    assert 3000 < result["crossover"]["student"]["context"] < 3200
+    assert 3000 < result["crossover"][0]["context"] < 3200
     assert sentence_about(found, "Prefill of 8192 tokens").tone == "good"
     assert sentence_about(found, "Cache at 8192 tokens").tone == "good"
 
@@ -182,17 +183,45 @@ def test_other_crossovers(monkeypatch):
 def test_what_went_wrong_with_the_measurement_is_said(monkeypatch):
     times = {"original": {64: 20.0}, "static": {64: 30.0}, "student": {64: 10.0}}
     result = fabricate_bench(monkeypatch, times, repeats=1)
-    assert "(one repeat, no spread)" in sentence_about(speed_sentences(result), "At 64 tokens").text
+    once = sentence_about(speed_sentences(result), "At 64 tokens")
+    assert once.tone == "open"
+    assert once.text.endswith("times faster, by one repeat, which has no spread.")
     assert not [sentence for sentence in speed_sentences(result) if sentence.tone == "note"]
-    result["dropped"] = [{"context": 8192, "reason": "not one repeat of all rows fitted into 2 minutes"}]
+    reason = "not one repeat of all rows fitted into 2 minutes"
+    result["dropped"] = [{"what": "decode", "context": 8192, "batch": 1, "reason": reason}]
+    result["skipped"] = [{"row": "original", "mode": "static+compile", "reason": "there is no compiler"}]
+    result["cells"][0]["recompiles"] = 2
     result["repeats_asked"] = 3
     result["blocks"][0]["moved"] = True
     notes = [sentence.text for sentence in speed_sentences(result) if sentence.tone == "note"]
     assert notes == [
         "Context 8192 was dropped: not one repeat of all rows fitted into 2 minutes.",
         "Context 64: time was up before all 3 repeats were done.",
+        "Original, static+compile was not measured: there is no compiler.",
         "The machine's own speed moved by more than 10 % during 1 of 1 blocks.",
     ]
+    spoilt = sentence_about(speed_sentences(result), "Compiled again during timed steps")
+    assert spoilt.tone == "bad"
+    assert "original, dynamic" in spoilt.text
+
+
+def test_several_batches_are_told_apart_and_filled_contexts_have_no_prefill(monkeypatch):
+    times = {"original": {64: 20.0, 1024: 40.0}, "static": {64: 30.0, 1024: 50.0}, "student": {64: 30.0, 1024: 30.0}}
+    found = speed_sentences(fabricate_bench(monkeypatch, times, batches=[1, 4], fill=300))
+    assert sentence_about(found, "At 1024 tokens of context, batch 4 the student").tone == "good"
+    assert sum("becomes faster at about 5" in sentence.text and "batch 1." in sentence.text for sentence in found) == 1
+    assert sentence_about(found, "Prefill of 64 tokens").tone == "bad"
+    assert sentence_about(found, "Cache at 1024 tokens, batch 1").tone == "good"
+
+
+def test_prefill_of_lengths_of_their_own(monkeypatch):
+    times = {"original": {64: 20.0}, "static": {64: 30.0}, "student": {64: 30.0}}
+    found = speed_sentences(fabricate_bench(monkeypatch, times, prefill=[4096, 16384], repeats=2))
+    assert sentence_about(found, "Prefill of 16384 tokens").tone == "open"
+    growth = sentence_about(
+        found, "From 4096 to 16384 tokens, 4.00 times as many, the student's prefill grows 4.00 times"
+    )
+    assert growth.tone == "note"
 
 
 def test_without_a_student_no_speed_is_claimed(monkeypatch):

@@ -315,27 +315,47 @@ class TestEvaluate:
 
 
 class TestBench:
+    BENCH = ("--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--modes", "dynamic,static")
+
     def test_hybrid_and_original(self, model: Path, tmp_path: Path):
         assert call("convert", model, tmp_path / "hybrid", "--softmax-layers", "0").exit_code == 0
         for name, row in ((tmp_path / "hybrid", "student"), (model, "window + sinks")):
             out = tmp_path / "b.json"
-            words = ("--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--out", out)
-            result = call("bench", "decode", name, *words)
+            result = call("bench", "decode", name, "--contexts", "16", "--out", out, *self.BENCH)
             assert result.exit_code == 0, result.output
             assert json.loads(out.read_text())["rows"] == ["original", row]
             assert "window W = 64 (64 to 127 recent tokens) and sinks S = 4." in result.stderr
 
     def test_decode(self, adapter: Path, tmp_path: Path):
         out = tmp_path / "b.json"
-        words = ("--contexts", "32,64", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32", "--out", out)
-        result = call("bench", "decode", adapter, *words)
+        words = (
+            "--contexts",
+            "32,64",
+            "--batch",
+            "1,2",
+            "--prefill",
+            "16",
+            "--fill",
+            "none",
+            "--control",
+            "--out",
+            out,
+        )
+        result = call("bench", "decode", adapter, *words, *self.BENCH)
         assert result.exit_code == 0, result.output
         found = json.loads(out.read_text())
-        assert (found["rows"], found["contexts"]) == (["original", "student"], [32, 64])
+        assert found["rows"] == ["original", "original again", "student"]
+        assert (found["contexts"], found["batches"]) == ([32, 64], [1, 2])
         cells = {(cell["row"], cell["context"]): cell["cache_bytes"] for cell in found["cells"]}
         assert cells["student", 32] == cells["student", 64]
         assert cells["student", 32]["state"] > 0 == cells["original", 32]["state"]
-        assert "student: " in result.stdout
+        for part in (
+            "decode, batch 2",
+            "prefill, batch 1",
+            "student, batch 1: ",
+            "static+compile left out: it was not",
+        ):
+            assert part in result.stdout
 
 
 class TestCalibrate:
@@ -387,7 +407,7 @@ def run(model: Path, tmp_path: Path) -> Path:
 
 class TestWhereResultsGo:
     EVALUATE = ("--tokens", "128", "--contexts", "64", "--needle", "none", "--answers", "0", "--dtype", "float32")
-    BENCH = ("--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--dtype", "float32")
+    BENCH = ("--contexts", "16", *TestBench.BENCH)
 
     def test_a_runs_student_into_the_run_with_its_report(self, run: Path, text: Path, tmp_path: Path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -504,6 +524,12 @@ class TestBadInputs:
             (["evaluate", "MODEL", "--base", "MODEL"], "is a complete model and takes no base; leave --base out"),
             (["evaluate", "MODEL", "--device", "abacus"], "device: 'abacus' is not a device"),
             (["bench", "decode", "MODEL", "--contexts", ""], "contexts: '' is not a number of tokens >= 1"),
+            (["bench", "decode", "MODEL", "--batch", "1,x"], "batch: 'x' is not a whole number >= 1"),
+            (["bench", "decode", "MODEL", "--fill", "1k,2k"], "fill: '1k,2k' is a list; give one number of tokens"),
+            (
+                ["bench", "decode", "MODEL", "--modes", "eager"],
+                "modes: there is no 'eager'; choose from dynamic, static",
+            ),
             (["bench", "decode", "MODEL", "--repeats", "0"], "repeats: 0 measures nothing; use 1 or more"),
             (["run", "demo", "--set", "bench.contexts=[2]"], "bench.contexts[0]: 2 is out of range"),
             (["bench", "decode", "MODEL", "--out", "FULL"], "FULL' is a folder; give a file, such as"),

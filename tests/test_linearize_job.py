@@ -43,7 +43,7 @@ def place(tmp_path_factory) -> Path:
             **{"tokens": 256, "contexts": [64], "needle_lengths": [100], "needle_depths": [0.5]},
             **{"kl_tokens": 64, "answers": 1, "answer_tokens": 4, "window": True},
         },
-        "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1},
+        "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1, "modes": ["dynamic", "static"]},
         "dtype": "float32",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))

@@ -1,0 +1,134 @@
+"""The ways in which a model can decode: under which cache, and whether its step is compiled.
+
+    dynamic          the cache that the model makes itself: DynamicCache, with the layers of a converted model
+    static           transformers' StaticCache, allocated once at its full length
+    static+compile   the same, and the whole step is one graph of torch.compile
+    compile          the cache that the model makes itself, and the step compiled; its layers have to say
+                     `is_compileable`
+
+A compiled step is the function that transformers' `generate` compiles, called as it calls it: the prefill runs without,
+every shape has a graph of its own (`dynamic=False`), and on a GPU the graph is a CUDA graph (mode "reduce-overhead").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.cache import install_layers, new_cache
+from linearize.convert import converted_layers, is_converted, switch_of
+from linearize.errors import LinearizeError
+
+__all__ = [
+    "MODES",
+    "Mode",
+    "compilations",
+    "compile_obstacle",
+    "compiled_call",
+    "cuda_graphs_skipped",
+    "modes_of",
+    "preallocated",
+]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to decode; the module's docstring has them."""
+
+    name: str
+    static: bool
+    compiled: bool
+
+
+DYNAMIC = Mode("dynamic", static=False, compiled=False)
+STATIC = Mode("static", static=True, compiled=False)
+STATIC_COMPILE = Mode("static+compile", static=True, compiled=True)
+COMPILE = Mode("compile", static=False, compiled=True)
+MODES = {mode.name: mode for mode in (DYNAMIC, STATIC, STATIC_COMPILE, COMPILE)}
+
+
+def modes_of(model: Any) -> tuple[Mode, ...]:
+    """The modes that a model decodes in, by what its caches say of themselves.
+
+    Args:
+        model: a causal language model of transformers, converted or not.
+    """
+    layers = _converted(model)
+    modes = [DYNAMIC]
+    if new_cache(model.config, layers).is_compileable:
+        modes.append(COMPILE)
+    # Where every layer is converted nothing is left to preallocate: such a cache never grows.
+    if len(layers) < model.config.num_hidden_layers:
+        try:
+            cache = preallocated(model, 1)
+        except LinearizeError:  # what stays softmax cannot be static beside converted layers
+            return tuple(modes)
+        modes.append(STATIC)
+        if cache.is_compileable:
+            modes.append(STATIC_COMPILE)
+    return tuple(modes)
+
+
+def preallocated(model: Any, capacity: int) -> Any:
+    """A StaticCache for `capacity` tokens, with the layers of a converted model.
+
+    Raises:
+        LinearizeError: the model's softmax layers cannot be static beside its converted ones.
+    """
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    if layers := _converted(model):
+        install_layers(cache, layers)
+    return cache
+
+
+def _converted(model: Any) -> list[int]:
+    """The layers that now run converted."""
+    return list(converted_layers(model)) if is_converted(model) and switch_of(model).converted else []
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """What torch.compile is told. Without `dynamic=False` the second context would get a graph for all lengths."""
+    return {"dynamic": False, "mode": "reduce-overhead" if device.type == "cuda" else "default"}
+
+
+def compiled_call(model: Any, device: torch.device) -> Callable[..., Any]:
+    """The model's compiled forward pass, made once a model; `generate` would take the same."""
+    from transformers import CompileConfig
+
+    return model.get_compiled_call(CompileConfig(**compile_options(device)))
+
+
+@lru_cache
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used on a device, in one line, or None. Asked by compiling an addition, since what
+    may be missing is a C++ compiler, Python's headers, Triton, or a GPU that it knows."""
+    try:
+        torch.compile(_add_one, **compile_options(device))(torch.ones(8, device=device))
+    except Exception as error:  # every way to fail is an answer here
+        return f"torch.compile does not work on this machine: {first_line(error)}"
+    return None
+
+
+def _add_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice that PyTorch adds below."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def compilations() -> int:
+    """How many functions torch.compile has compiled in this process so far."""
+    return torch._dynamo.utils.counters["frames"]["total"]
+
+
+def cuda_graphs_skipped() -> int:
+    """How many graphs of mode "reduce-overhead" have become no CUDA graph in this process so far."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
