@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 
 import linearize
 
-__all__ = ["machine_info", "matmul_ms"]
+__all__ = ["free_memory", "machine_info", "matmul_ms", "synchronize", "time_ms", "total_memory"]
 
 # The instructions that decide which dtype is fast on a CPU.
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -82,6 +82,59 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a GPU; on a CPU nothing is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def time_ms(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of a call, as a mean over so many in a row: on a GPU by events on its stream, else by the clock."""
+    synchronize(device)
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory that the device has; None where nothing says it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup_bytes("memory.max")
+    return found if limit is None else min(found, limit)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a new tensor could have on this device now; None where nothing says it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    if kib is None:
+        return None
+    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    free = 1024 * int(kib)
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """A number of the container's control group, or None where there is no limit."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 def _cpu() -> dict[str, Any]:
