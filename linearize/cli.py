@@ -28,8 +28,10 @@ from linearize.cli_options import (
     Window,
     check_new_folder,
     conversion,
+    planned_conversion,
     quiet,
 )
+from linearize.cli_plan import plan
 from linearize.cli_select import select
 from linearize.config import LinearizeConfig
 from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_tokens
@@ -145,16 +147,11 @@ def inspect(
     lengths = parse_tokens(contexts or "1k,8k,32k,128k", "contexts")
     quiet()
     from linearize.inspection import inspect_config
-    from linearize.models import load_config, recorded_conversion
+    from linearize.models import load_config
     from linearize.tables import print_inspection, print_json, print_training
     from linearize.training_memory import training_memory
 
-    recorded = recorded_conversion(model)
-    if recorded is not None:
-        if config not in (DEFAULT, recorded):
-            raise LinearizeError(f"model: {model!r} is converted already; leave the options of a conversion out")
-        note("This is a student: the plan is the one that it was made by.")
-        config = recorded
+    config = planned_conversion(model, config)
     if train:
         memory = training_memory(load_config(model), config, dtype=dtype, name=model, **training)
         print_json(memory.to_dict()) if json else print_training(memory)
@@ -197,6 +194,7 @@ def convert(
 
 app.command(cls=PlainCommand)(calibrate)
 app.command(cls=PlainCommand)(select)
+app.command(cls=PlainCommand)(plan)
 
 
 @app.command(cls=PlainCommand)
