@@ -4,8 +4,8 @@
 
     {"kind": "linearize.plan", "schema": 1, "model": str, "family": str, "dtype": str, "bound": true,
      "conversion": {...},                                  as in LinearizeConfig.to_dict
-     "device": {"name": str, "measured": bool, "bandwidth_gb_s": float, "peak_tflop_s": float, "memory_bytes": int | null,
-                "overhead_ms": float | null},
+     "device": {"name": str, "measured": bool, "bandwidth_gb_s": float, "peak_tflop_s": float,
+                "memory_bytes": int | null, "overhead_ms": float | null},
      "measurement": {...} | null,                          of `roofline.bandwidth`, where the device is this machine
      "memory_bytes": int | null,                           the limit that fits and largest_batch are for
      "positions": int | null,                              the longest context that the model was made for

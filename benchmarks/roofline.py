@@ -2,10 +2,10 @@
 
     seconds >= max(bytes / bandwidth, operations / peak) + overhead
 
-The rates are those of a data sheet (`named_roof`) or of this machine (`bandwidth`, `measured_roof`). A sheet's rates are
-reached by no program, and a machine's own by few, so what comes out is a bound: no faster than this. The overhead is
-what a step takes besides, whatever it moves (Python, launches, small operations); nothing but measured steps can tell
-it (`calibrate`), and without them it is left out.
+The rates are those of a data sheet (`named_roof`) or of this machine (`bandwidth`, `measured_roof`). A sheet's rates
+are reached by no program, and a machine's own by few, so what comes out is a bound: no faster than this. The overhead
+is what a step takes besides, whatever it moves (Python, launches, small operations); nothing but measured steps can
+tell it (`calibrate`), and without them it is left out.
 
 What a model's step moves and computes is counted in `linearize.benchmarks.step_costs`.
 """

@@ -122,8 +122,8 @@ def _print(found: dict[str, Any]) -> None:
         said = "at no context" if cross["context"] is None else f"from {cross['context']} tokens on"
         print(f"Batch {cross['batch']}: the student's bound is the lower one {said}.")
     print(
-        f"These are bounds, not measurements: every weight and cached byte once over {device['bandwidth_gb_s']:.4g} GB/s, "
-        f"or every operation at {device['peak_tflop_s']:.3g} TFLOP/s."
+        "These are bounds, not measurements: every weight and cached byte once, at "
+        f"{device['bandwidth_gb_s']:.4g} GB/s, or every operation, at {device['peak_tflop_s']:.3g} TFLOP/s."
     )
     print("No program is faster; launches, Python, copies of caches and prefill come on top.")
     print("Fits counts weights and caches only: allow for activations, and some GiB of a GPU's own.")

@@ -85,7 +85,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("contexts", [[], [0]])
     def test_bad_numbers(self, contexts):
-        with pytest.raises(LinearizeError, match="context: .* is not a list of numbers >= 1"):
+        with pytest.raises(LinearizeError, match=r"context: .* is not a list of numbers >= 1"):
             plan_decode(make_config("llama"), CONFIG, contexts, [1], ROOF, "float32")
 
 
