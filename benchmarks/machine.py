@@ -30,7 +30,7 @@ import torch
 
 import linearize
 
-__all__ = ["free_memory", "machine_info", "matmul_ms", "synchronize", "time_ms", "total_memory"]
+__all__ = ["available_memory", "machine_info", "matmul_ms", "synchronize", "time_ms"]
 
 # The instructions that decide which dtype is fast on a CPU.
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -78,12 +78,6 @@ def matmul_ms(device: torch.device) -> float:
     return median(times[1:])  # the first one warms up
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on a GPU; on a CPU nothing is queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def time_ms(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Milliseconds of a call, as a mean over so many in a row: on a GPU by events on its stream, else by the clock."""
     synchronize(device)
@@ -101,40 +95,42 @@ def time_ms(call: Callable[[], Any], device: torch.device, calls: int = 1) -> fl
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def total_memory(device: torch.device) -> int | None:
-    """Bytes of memory that the device has; None where nothing says it."""
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on a GPU; on a CPU nothing is queued."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_bytes("memory.max")
-    return found if limit is None else min(found, limit)
+        torch.cuda.synchronize(device)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a new tensor could have on this device now; None where nothing says it."""
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or None where nothing tells.
+
+    On a GPU what is free, and what PyTorch holds without using it. On a CPU what Linux calls available, or what is left
+    of a container's limit, where that is less.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [left for left in (_meminfo_available(), _cgroup_left()) if left is not None]
+    return min(found, default=None)
+
+
+def _meminfo_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    if kib is None:
-        return None
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    free = 1024 * int(kib)
-    return free if limit is None or used is None else min(free, max(0, limit - used))
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _cgroup_bytes(name: str) -> int | None:
-    """A number of the container's control group, or None where there is no limit."""
+def _cgroup_left() -> int | None:
+    """What is left of the container's limit; pages of files that the kernel would give up count as left."""
+    folder = Path("/sys/fs/cgroup")
     try:
-        text = Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
-    except OSError:
+        limit, used = (int((folder / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        kinds = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
         return None
-    return int(text) if text.isdecimal() else None
+    return max(limit - used + int(kinds.get("inactive_file", 0)), 0)
 
 
 def _cpu() -> dict[str, Any]:

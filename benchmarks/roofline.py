@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.benchmarks.machine import free_memory, machine_info, time_ms, total_memory
+from linearize.benchmarks.machine import available_memory, machine_info, time_ms
 from linearize.benchmarks.step_costs import ModelCosts, StepBytes, model_costs, step_bytes, step_flops
 from linearize.errors import LinearizeError
 from linearize.kernels.devices import DEVICES
@@ -106,8 +106,7 @@ def measured_roof(
     device = torch.device(device)
     found = found or bandwidth(device, dtypes=dtypes)
     peaks = {dtype: 1e9 * rate for dtype, rate in found["matmul_gflop_s"].items()}
-    memory = total_memory(device)
-    return Roof(found["name"], 1e9 * found["read_gb_s"], peaks, memory, measured=True)
+    return Roof(found["name"], 1e9 * found["read_gb_s"], peaks, _total_memory(device), measured=True)
 
 
 def predict(moved: float, operations: float, roof: Roof, dtype: str) -> float:
@@ -237,11 +236,19 @@ def bandwidth(
 def _buffer_mib(device: torch.device, caches: int | None) -> int:
     """As large as `bandwidth` says."""
     wanted = max(GPU_MIB if device.type == "cuda" else CPU_MIB, CACHES * (caches or 0) // MIB)
-    free = free_memory(device)
+    free = available_memory(device)
     mib = wanted if free is None else min(wanted, int(free * FREE_SHARE) // MIB)
     if mib < 1:
         raise LinearizeError(f"buffer_mib: {device} has {free or 0} bytes free, too few to measure with; free some")
     return mib
+
+
+def _total_memory(device: torch.device) -> float | None:
+    """Bytes that the device has; None where nothing says it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    gib = machine_info()["memory_gib"]
+    return None if gib is None else gib * 2**30
 
 
 def _last_level_cache(device: torch.device, root: Path = Path("/sys/devices/system/cpu")) -> int | None:

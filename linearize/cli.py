@@ -15,6 +15,7 @@ import typer
 
 from linearize._version import __version__
 from linearize.cli_calibrate import calibrate
+from linearize.cli_capacity import capacity
 from linearize.cli_options import (
     DEFAULT,
     Device,
@@ -350,6 +351,9 @@ def bench_decode(
     options = {"contexts": lengths, "decode_tokens": decode_tokens, "repeats": repeats, "batch": batch}
     with _result_file(model, out, "bench.json") as file:
         print_bench(bench_model(model, base, options | {"max_minutes": minutes}, file, dtype, device, seed))
+
+
+bench_app.command("capacity", cls=PlainCommand)(capacity)
 
 
 @bench_app.command("compile", cls=PlainCommand)

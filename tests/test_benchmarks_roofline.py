@@ -264,10 +264,10 @@ class TestBandwidth:
         caches = roofline._last_level_cache(torch.device("cpu"), tmp_path)
         assert caches == 2 * 128 * 2**20
         assert roofline._last_level_cache(torch.device("cpu"), tmp_path / "none") is None
-        monkeypatch.setattr(roofline, "free_memory", lambda device: 2**40)
+        monkeypatch.setattr(roofline, "available_memory", lambda device: 2**40)
         assert roofline._buffer_mib(torch.device("cpu"), caches) == 4 * 256
         assert roofline._buffer_mib(torch.device("cpu"), None) == 256
-        monkeypatch.setattr(roofline, "free_memory", lambda device: 2**29)
+        monkeypatch.setattr(roofline, "available_memory", lambda device: 2**29)
         assert roofline._buffer_mib(torch.device("cpu"), caches) == 64
 
     @pytest.mark.parametrize("option", ["threads", "buffer_mib", "repeats"])
