@@ -1,14 +1,15 @@
 """Whether kernels became slower: two results of the microbenchmark from one device, cell by cell.
 
-A cell's *noise* is its median over its least time, less 1: other programs make single repeats slower, never faster, so
-the least time is nearest to what the code costs, and the distance to the median says how far to trust it. With ratio =
-new least / old least, a cell is
+Other programs make single repeats slower, hardly ever faster, so the least time is nearest to what the code costs, and
+its distance to the median says how far to trust it: a cell's *noise* is median / least - 1. A cell is
 
-    slower   if ratio - 1      >  max(tolerance, noise of the old, noise of the new)
-    faster   if 1 / ratio - 1  >  the same
+    slower   if its least time and its median are above the old ones by more than the tolerance, and the least time by
+             more than the noise of the old cell and that of the new one
+    faster   if the old cell is slower than the new one in that sense
     same     otherwise
 
-so a change counts where it is beyond the tolerance and outside of the spread of both.
+The median has a say because a least time of one lucky repeat (inputs that were still in a cache) would make everything
+after it look slow.
 """
 
 from pathlib import Path
@@ -87,9 +88,12 @@ def _key(cell: dict[str, Any]) -> tuple[str, str, str, int]:
 
 def _compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> dict[str, Any]:
     noise = [cell["ms"]["p50"] / cell["ms"]["min"] - 1 for cell in (old, new)]
-    ratio = new["ms"]["min"] / old["ms"]["min"]
-    limit = max(tolerance, *noise)
-    verdict = "slower" if ratio - 1 > limit else "faster" if 1 / ratio - 1 > limit else "same"
+    least, middle = (new["ms"][name] / old["ms"][name] for name in ("min", "p50"))
+
+    def above(least: float, middle: float) -> bool:
+        return min(least, middle) - 1 > tolerance and least - 1 > max(noise)
+
+    verdict = "slower" if above(least, middle) else "faster" if above(1 / least, 1 / middle) else "same"
     what, dtype, row, tokens = _key(new)
     return {
         "what": what,
@@ -97,8 +101,8 @@ def _compare(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> dict
         "row": row,
         "tokens": tokens,
         "min_ms": [old["ms"]["min"], new["ms"]["min"]],
-        "ratio_min": ratio,
-        "ratio_p50": new["ms"]["p50"] / old["ms"]["p50"],
+        "ratio_min": least,
+        "ratio_p50": middle,
         "noise": noise,
         "verdict": verdict,
     }

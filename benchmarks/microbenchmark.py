@@ -262,7 +262,7 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _absent(device: torch.device) -> list[dict[str, Any]]:
     """The rows to compare with that this device has not at all."""
-    reasons = dict.fromkeys(FLA_ROWS, fla_obstacle(device))
+    reasons: dict[str, str | None] = dict.fromkeys(FLA_ROWS, fla_obstacle(device))
     reasons[EFFICIENT] = None if _on_gpu(device) else "on a CPU torch chooses the one kernel that it has"
     return [
         {"row": row, "what": None, "dtype": None, "reason": reasons[row]} for row in GUESTS if reasons[row] is not None
