@@ -166,6 +166,7 @@ def _data(done: Sequence[CompiledCase], compilations: int, seconds: float) -> di
         "devices": {
             name: {"target": device.target.name, "bandwidth": device.bandwidth, "bf16": device.bf16}
             for name, device in DEVICES.items()
+            if device.target in TARGETS.values()
         },
         "cases": [
             {

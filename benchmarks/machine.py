@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 
 import linearize
 
-__all__ = ["available_memory", "machine_info", "matmul_ms", "synchronize"]
+__all__ = ["available_memory", "machine_info", "matmul_ms", "synchronize", "time_ms"]
 
 # The instructions that decide which dtype is fast on a CPU.
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -81,6 +81,23 @@ def matmul_ms(device: torch.device) -> float:
         synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))
     return median(times[1:])  # the first one warms up
+
+
+def time_ms(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of a call, as a mean over so many in a row: on a GPU by events on its stream, else by the clock."""
+    synchronize(device)
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,6 +10,19 @@ and by what
     compiled        the PyTorch form under torch.compile, forward and backward, where asked for
     sdpa            torch's scaled_dot_product_attention: flash attention on a GPU in half precision, elsewhere what
                     torch chooses
+    sdpa efficient  on a GPU: the same by its memory-efficient kernel, which has no grouped queries: keys and values are
+                    repeated inside the timed call
+    fla ...         on a GPU: flash-linear-attention's operators, see `linearize.benchmarks.fla_rows`
+Rows beside our own that are not there, or that refuse, are in the result with the reason.
+
+What the times are worth
+    Each cell of near-and-far attention and of SDPA has the bytes and operations that its call must move and do, by the
+    formulas of `linearize.benchmarks.attention_work`, and what they make of the median: GB/s and TFLOP/s. The bound is
+    the least time at the rates that this device was measured to have (`roofline.bandwidth`): the sum over launches of
+    max(bytes / bandwidth, operations / matrix products a second in that dtype); `of_bound` is bound / median. The torch
+    and compiled rows have the bound of the kernels' launches: it says what the definition needs, not what they do. In
+    texts of less than 2 W tokens, most of which lie in the window, the formulas would count too much: there is no
+    bound. Inputs that fit into the caches can beat the bandwidth of memory.
 
 How it is measured
     Everything runs once before it counts. Repeats are interleaved: repeat 1 of every length and row, then repeat 2, ...
@@ -23,7 +36,10 @@ How it is measured
 
     {"kind": "linearize.bench_kernels", "schema": 1, "model": str, "shape": {"heads", "kv_heads", "head_dim",
      "feature_dim", "window", "sinks", "batch"}, "device": str, "repeats": int, "sdpa": "flash" | "default" per dtype,
-     "cells": [{"what": str, "dtype": str, "row": str, "tokens": int, "ms": SPREAD, "tokens_per_s": float}, ...],
+     "bandwidth": {...},                                    of `roofline.bandwidth`
+     "cells": [{"what": str, "dtype": str, "row": str, "tokens": int, "ms": SPREAD, "tokens_per_s": float,
+                "work": {"bytes", "flops", "gb_s", "tflop_s", "bound_ms", "of_bound": float} | null}, ...],
+     "absent": [{"row": str, "what": str | null, "dtype": str | null, "reason": str}, ...],      null: all of them
      "growth": [{"what", "dtype", "row", "from": int, "to": int, "p50": float, "min": float}, ...],
                                         time at the longest length over that at 4096 tokens or the shortest
      "crossover": [{"what", "dtype", "row", "kind", "context", "measured_to"}, ...],    as `speed.crossover` has it
@@ -36,7 +52,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -45,26 +60,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from linearize.benchmarks.files import write_json, write_text
+from linearize.benchmarks.attention_work import Work, near_far_work, sdpa_step_work, sdpa_work
+from linearize.benchmarks.fla_rows import FLA_ROWS, fla_calls, fla_obstacle, fla_steps
 from linearize.benchmarks.inference import progress_bar
-from linearize.benchmarks.machine import machine_info, matmul_ms, synchronize
+from linearize.benchmarks.machine import machine_info, matmul_ms, time_ms
+from linearize.benchmarks.roofline import bandwidth
 from linearize.benchmarks.speed import Cell, Sample, crossover, spread
 from linearize.errors import LinearizeError
 from linearize.kernels.backends import interpreted, triton_obstacle
 from linearize.kernels.near_far import Hedgehog, Memory, near_far_attention, near_far_step
+from linearize.kernels.near_far.counts import MODELS, Shape
+from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops
 
-__all__ = ["KIND", "MODELS", "WHATS", "Problem", "bench_kernels", "make_runs", "markdown", "write_result"]
+__all__ = ["KIND", "MODELS", "WHATS", "Problem", "bench_kernels", "cell_work", "make_runs"]
 
 KIND = "linearize.bench_kernels"
 WHATS = ("forward", "backward", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# heads, kv_heads, head_dim, feature_dim
-MODELS = {
-    "SmolLM2-135M": (9, 3, 64, 64),
-    "Qwen3-0.6B": (16, 8, 128, 128),
-    "Llama-3.1-8B": (32, 8, 128, 128),
-}
-SDPA = "sdpa"
+SDPA, EFFICIENT = "sdpa", "sdpa efficient"
+# What is only compared with: such a row may be missing.
+GUESTS = (EFFICIENT, *FLA_ROWS)
 GROWTH_FROM = 4096
 COLD_MS = 1e3
 Run = Callable[[], float]  # milliseconds of one call
@@ -118,7 +133,8 @@ def bench_kernels(
     _check(problem, tokens, whats, dtypes, repeats)
     place = _device(device)
     start, load = time.perf_counter(), _load()
-    before = matmul_ms(place)
+    before, rates = matmul_ms(place), bandwidth(place, dtypes=dtypes)
+    absent = _absent(place)
     times: dict[tuple[str, str], dict[Cell, list[float]]] = {}
     lengths = sorted(set(tokens))
     with progress_bar("bench", total=(repeats + 1) * len(whats) * len(dtypes) * len(lengths)) as advance:
@@ -128,9 +144,12 @@ def bench_kernels(
                 for length in lengths:
                     torch.manual_seed(seed)
                     runs[length] = make_runs(problem, what, length, DTYPES[dtype], place, compiled)
-                    for run in runs[length].values():
-                        run()
+                    absent += _warm_up(runs[length], what, dtype)
                     advance(f"{what}, {dtype}, {length} tokens, warming up")
+                refused = {x["row"] for x in absent if (x["what"], x["dtype"]) == (what, dtype)}
+                for by_row in runs.values():  # a row that refuses one length is left out at all of them
+                    for row in refused & set(by_row):
+                        del by_row[row]
                 times[what, dtype] = _interleaved(runs, repeats, f"{what}, {dtype}", advance)
     return {
         "kind": KIND,
@@ -140,7 +159,9 @@ def bench_kernels(
         "device": str(place),
         "repeats": repeats,
         "sdpa": {dtype: "flash" if _flash(place, DTYPES[dtype]) else "default" for dtype in dtypes},
-        **_summary(times, problem.batch),
+        "bandwidth": rates,
+        **_summary(times, problem, rates),
+        "absent": absent,
         "matmul_ms": {"before": before, "after": matmul_ms(place)},
         "load": load,
         "seconds": round(time.perf_counter() - start, 1),
@@ -172,7 +193,13 @@ def make_runs(
             name: _decode(q, k, v, mixer, mix_logit, options | {"backend": name}) for name in backends
         }
         step = q[:, :, -1:]
-        return runs | {SDPA: _timed(lambda: _sdpa(step, k, v, causal=False), device, calls=window)}
+        runs[SDPA] = _timed(lambda: _sdpa(step, k, v, causal=False), device, calls=window)
+        guests: dict[str, Callable[[], Any]] = {}
+        if _on_gpu(device):
+            guests[EFFICIENT] = lambda: _sdpa_efficient(step, k, v, causal=False)
+        if fla_obstacle(device) is None:
+            guests |= fla_steps(*(x[:, :, -1:].contiguous() for x in (q, k, v)))
+        return runs | {row: _timed(call, device, calls=window) for row, call in guests.items()}
 
     calls: dict[str, Callable[[], Tensor]] = {
         name: lambda name=name: near_far_attention(q, k, v, mixer, mix_logit, **options, backend=name)  # type: ignore[misc]
@@ -182,12 +209,17 @@ def make_runs(
         fast = torch.compile(near_far_attention, fullgraph=True, dynamic=True)
         calls["compiled"] = lambda: fast(q, k, v, mixer, mix_logit, **options, backend="torch")
     calls[SDPA] = lambda: _sdpa(q, k, v, causal=True)
+    if _on_gpu(device):
+        calls[EFFICIENT] = lambda: _sdpa_efficient(q, k, v, causal=True)
+    if fla_obstacle(device) is None:
+        calls |= fla_calls(q, k, v)
     if what == "forward":
         return {name: _timed(torch.no_grad()(call), device) for name, call in calls.items()}
     weight = torch.randn(batch, length, heads, head_dim, device=device).to(dtype).transpose(1, 2)
     leaves = [q, k, v]
+    plain = (SDPA, *GUESTS)  # without a mixer
     return {
-        name: _timed(_with_backward(call, weight, leaves if name == SDPA else [*leaves, *mixer.parameters()]), device)
+        name: _timed(_with_backward(call, weight, leaves if name in plain else [*leaves, *mixer.parameters()]), device)
         for name, call in calls.items()
     }
 
@@ -217,6 +249,41 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """By the memory-efficient kernel, or an error."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _absent(device: torch.device) -> list[dict[str, Any]]:
+    """The rows to compare with that this device has not at all."""
+    reasons: dict[str, str | None] = dict.fromkeys(FLA_ROWS, fla_obstacle(device))
+    reasons[EFFICIENT] = None if _on_gpu(device) else "on a CPU torch chooses the one kernel that it has"
+    return [
+        {"row": row, "what": None, "dtype": None, "reason": reasons[row]} for row in GUESTS if reasons[row] is not None
+    ]
+
+
+def _warm_up(runs: dict[str, Run], what: str, dtype: str) -> list[dict[str, Any]]:
+    """Call every row once. A row to compare with that refuses these inputs is taken out and said; ours may not."""
+    refused = []
+    for row, run in list(runs.items()):
+        try:
+            run()
+        except (RuntimeError, LinearizeError) as error:
+            if row not in GUESTS:
+                raise
+            del runs[row]
+            reason = " ".join(str(error).split())[:200]
+            refused.append({"row": row, "what": what, "dtype": dtype, "reason": reason})
+    return refused
+
+
 def _flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether SDPA is held to flash attention: on a GPU, where it exists in half precision only."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
@@ -224,23 +291,7 @@ def _flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _timed(call: Callable[[], Any], device: torch.device, calls: int = 1) -> Run:
     """Milliseconds of a call, as a mean over so many in a row."""
-
-    def run() -> float:
-        synchronize(device)
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for _ in range(calls):
-                call()
-            last.record()
-            last.synchronize()
-            return first.elapsed_time(last) / calls
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return 1e3 * (time.perf_counter() - start) / calls
-
-    return run
+    return lambda: time_ms(call, device, calls)
 
 
 def _interleaved(
@@ -260,7 +311,41 @@ def _interleaved(
     return times
 
 
-def _summary(times: dict[tuple[str, str], dict[Cell, list[float]]], batch: int) -> dict[str, Any]:
+def cell_work(problem: Problem, what: str, row: str, tokens: int, dtype: str) -> Work | None:
+    """(operations, bytes) of each launch of a cell's call; None where nothing counts them. See the module."""
+    heads, kv_heads, head_dim, half = MODELS[problem.model]
+    window, sinks, batch, element = problem.window, problem.sinks, problem.batch, DTYPES[dtype].itemsize
+    if row in FLA_ROWS:
+        return None
+    softmax = row in (SDPA, EFFICIENT)
+    if what != "decode" and not softmax:
+        # The rows of a batch lie end to end: near-and-far attention costs the same, and reads its weights once.
+        shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, sinks, batch * tokens, element)
+        return None if tokens < 2 * window else near_far_work(shape, what == "backward")
+    shape = Shape(heads, kv_heads, head_dim, head_dim, half, window, sinks, tokens, element)
+    if softmax:
+        if what == "decode":
+            return sdpa_step_work(shape, batch)
+        return [(batch * flops, batch * moved) for flops, moved in sdpa_work(shape, what == "backward")]
+    step = DecodeShape(batch, heads, kv_heads, head_dim, head_dim, half, window, sinks, element)
+    moved = decode_bytes(step)
+    return None if tokens < 2 * window else [(decode_flops(step), moved.from_memory + moved.weights)]
+
+
+def _worth(work: Work | None, ms: float, dtype: str, rates: dict[str, Any]) -> dict[str, float] | None:
+    """What a median of `ms` makes of a cell's work, and how near it is to the rates of `roofline.bandwidth`."""
+    if work is None:
+        return None
+    flops, moved = (float(sum(x)) for x in zip(*work))
+    per_ms = rates["matmul_gflop_s"][dtype] * 1e6, rates["read_gb_s"] * 1e6
+    bound = sum(max(operations / per_ms[0], size / per_ms[1]) for operations, size in work)
+    found = {"bytes": moved, "flops": flops, "gb_s": moved / ms / 1e6, "tflop_s": flops / ms / 1e9}
+    return found | {"bound_ms": bound, "of_bound": bound / ms}
+
+
+def _summary(
+    times: dict[tuple[str, str], dict[Cell, list[float]]], problem: Problem, rates: dict[str, Any]
+) -> dict[str, Any]:
     cells, growth, crossovers = [], [], []
     for (what, dtype), found in times.items():
         samples = {cell: [Sample(0.0, (ms,), {}) for ms in values] for cell, values in found.items()}
@@ -268,16 +353,18 @@ def _summary(times: dict[tuple[str, str], dict[Cell, list[float]]], batch: int) 
         lengths = sorted({cell.context for cell in found})
         for cell in sorted(found, key=lambda cell: (cell.context, rows.index(cell.row))):
             ms = spread(found[cell])
-            done = batch * (1 if what == "decode" else cell.context)
+            done = problem.batch * (1 if what == "decode" else cell.context)
             labels = {"what": what, "dtype": dtype, "row": cell.row}
-            cells.append(labels | {"tokens": cell.context, "ms": ms, "tokens_per_s": 1e3 * done / ms["p50"]})
+            work = _worth(cell_work(problem, what, cell.row, cell.context, dtype), ms["p50"], dtype, rates)
+            found_here = {"ms": ms, "tokens_per_s": 1e3 * done / ms["p50"], "work": work}
+            cells.append(labels | {"tokens": cell.context} | found_here)
         least = GROWTH_FROM if GROWTH_FROM in lengths else lengths[0]
         for row in rows:
             short, long = (found[Cell(row, "", length)] for length in (least, lengths[-1]))
             labels = {"what": what, "dtype": dtype, "row": row}
             ratios = {"p50": median(long) / median(short), "min": min(long) / min(short)}
             growth.append(labels | {"from": least, "to": lengths[-1]} | ratios)
-            if row != SDPA:
+            if row not in (SDPA, *GUESTS):
                 crossovers.append(labels | crossover(samples, SDPA, row))
     return {"cells": cells, "growth": growth, "crossover": crossovers}
 
@@ -285,78 +372,6 @@ def _summary(times: dict[tuple[str, str], dict[Cell, list[float]]], batch: int) 
 def _load() -> list[float] | None:
     """How many programs wanted a core in the last 1, 5 and 15 minutes."""
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def write_result(path: Path, result: dict[str, Any]) -> tuple[Path, Path]:
-    """`path` as JSON, and the page beside it with the ending .md."""
-    return write_json(path, result), write_text(path.with_suffix(".md"), markdown(result))
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    shape, machine = result["shape"], result["machine"]
-    cpu = machine["cpu"]
-    where = (
-        machine["gpu"]["name"]
-        if machine["gpu"] and result["device"] != "cpu"
-        else f"{cpu['model']}, {cpu['usable']} cores"
-    )
-    load = "" if result["load"] is None else f", load before {result['load'][0]}"
-    lines = [
-        f"# Near-and-far attention alone: {result['model']}, {result['device']}",
-        "",
-        f"One layer, batch {shape['batch']}, {shape['heads']} query heads, {shape['kv_heads']} key-value heads of "
-        f"{shape['head_dim']}, {2 * shape['feature_dim']} features, W = {shape['window']}, S = {shape['sinks']}. "
-        f"{where}, {machine['threads']} threads{load}; torch {machine['versions']['torch']}, linearize "
-        f"{machine['versions']['linearize']}, {machine['date'][:10]}; written by `{machine['command']}`.",
-        "",
-        f"Milliseconds: median (least to most) of {result['repeats']} interleaved repeats, warm. A fixed matrix "
-        f"product took {result['matmul_ms']['before']:.2f} ms before and {result['matmul_ms']['after']:.2f} ms after.",
-    ]
-    for what, dtype in dict.fromkeys((cell["what"], cell["dtype"]) for cell in result["cells"]):
-        cells = [cell for cell in result["cells"] if (cell["what"], cell["dtype"]) == (what, dtype)]
-        rows = list(dict.fromkeys(cell["row"] for cell in cells))
-        title = {"forward": "Forward", "backward": "Forward and backward", "decode": "One decoded token"}[what]
-        lines += ["", f"## {title}, {dtype}", ""]
-        lines += _row(["tokens", *rows, *(f"{row}, tokens/s" for row in rows)])
-        lines += _row(["---"] * (2 * len(rows) + 1))
-        for tokens in dict.fromkeys(cell["tokens"] for cell in cells):
-            by_row = {cell["row"]: cell for cell in cells if cell["tokens"] == tokens}
-            lines += _row(
-                [
-                    str(tokens),
-                    *(_ms(by_row[row]["ms"]) for row in rows),
-                    *(f"{by_row[row]['tokens_per_s']:.0f}" for row in rows),
-                ]
-            )
-        lines.append("")
-        for growth in result["growth"]:
-            if (growth["what"], growth["dtype"]) == (what, dtype):
-                lines.append(
-                    f"- {growth['row']}: {growth['to']} tokens take {growth['p50']:.2f} times as long as "
-                    f"{growth['from']} (by the least times {growth['min']:.2f})."
-                )
-        for cross in result["crossover"]:
-            if (cross["what"], cross["dtype"]) == (what, dtype):
-                lines.append(f"- {cross['row']} {_crossover(cross)}.")
-    return "\n".join(lines) + "\n"
-
-
-def _row(columns: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |"]
-
-
-def _ms(ms: dict[str, float]) -> str:
-    return f"{ms['p50']:.3g} ({ms['min']:.3g} to {ms['max']:.3g})"
-
-
-def _crossover(cross: dict[str, Any]) -> str:
-    return {
-        "at": f"is faster than SDPA from about {cross['context'] or 0:.0f} tokens on",
-        "everywhere": f"is faster than SDPA at every length, up to {cross['measured_to']}",
-        "never": f"is not faster than SDPA at any length up to {cross['measured_to']}",
-        "mixed": f"is faster than SDPA at some lengths only, up to {cross['measured_to']}",
-    }[cross["kind"]]
 
 
 def _device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ import typer
 
 from linearize._version import __version__
 from linearize.cli_calibrate import calibrate
+from linearize.cli_capacity import capacity
 from linearize.cli_options import (
     DEFAULT,
     Device,
@@ -28,8 +29,10 @@ from linearize.cli_options import (
     Window,
     check_new_folder,
     conversion,
+    planned_conversion,
     quiet,
 )
+from linearize.cli_plan import plan
 from linearize.cli_select import select
 from linearize.config import LinearizeConfig
 from linearize.console import OneLineErrors, PlainCommand, PlainGroup, note, parse_counts, parse_tokens
@@ -145,16 +148,11 @@ def inspect(
     lengths = parse_tokens(contexts or "1k,8k,32k,128k", "contexts")
     quiet()
     from linearize.inspection import inspect_config
-    from linearize.models import load_config, recorded_conversion
+    from linearize.models import load_config
     from linearize.tables import print_inspection, print_json, print_training
     from linearize.training_memory import training_memory
 
-    recorded = recorded_conversion(model)
-    if recorded is not None:
-        if config not in (DEFAULT, recorded):
-            raise LinearizeError(f"model: {model!r} is converted already; leave the options of a conversion out")
-        note("This is a student: the plan is the one that it was made by.")
-        config = recorded
+    config = planned_conversion(model, config)
     if train:
         memory = training_memory(load_config(model), config, dtype=dtype, name=model, **training)
         print_json(memory.to_dict()) if json else print_training(memory)
@@ -197,6 +195,7 @@ def convert(
 
 app.command(cls=PlainCommand)(calibrate)
 app.command(cls=PlainCommand)(select)
+app.command(cls=PlainCommand)(plan)
 
 
 @app.command(cls=PlainCommand)
@@ -381,6 +380,9 @@ def _fill_limit(text: str) -> int | None:
     return limit[0]
 
 
+bench_app.command("capacity", cls=PlainCommand)(capacity)
+
+
 @bench_app.command("compile", cls=PlainCommand)
 def bench_compile(
     targets: Annotated[str | None, typer.Option(help="Among sm_80, sm_90, gfx942; all if left out.")] = None,
@@ -421,29 +423,50 @@ def bench_kernels(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSON; the page goes beside it.")] = Path(
         "kernels.json"
     ),
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="OLD.json", help="An earlier result of this device: status 1 if a cell is slower now."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="With --compare: percent that do not count; 10 if left out.")
+    ] = None,
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
     """Measure one layer's attention alone, by length, beside PyTorch's softmax attention of the same shape.
 
-    Example: linearize bench kernels --tokens 1k,4k,16k,32k --what forward
+    Example: linearize bench kernels --tokens 1k,4k,16k,32k --what forward --compare before.json
     """
     lengths = parse_tokens(tokens, "tokens")
     if out.suffix != ".json":
         raise LinearizeError(f"out: {str(out)!r} does not end in .json; name the file of the results, kernels.json")
+    if compare is not None and compare.resolve() == out.resolve():
+        raise LinearizeError(f"compare: {str(compare)!r} would be replaced by the new result; give another --out")
+    if compare is None and tolerance is not None:
+        raise LinearizeError(f"tolerance: {tolerance:g} is a setting of --compare; add --compare, or leave it out")
+    allowed = 10.0 if tolerance is None else tolerance
     quiet()
     import torch
 
-    from linearize.benchmarks.microbenchmark import Problem, markdown, write_result
+    from linearize.benchmarks.kernel_regression import compare_kernels, read_old
+    from linearize.benchmarks.microbenchmark import Problem
     from linearize.benchmarks.microbenchmark import bench_kernels as measure
+    from linearize.benchmarks.microbenchmark_page import markdown, write_result
+    from linearize.tables import print_regression
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     whats, dtypes = ([name.strip() for name in text.split(",")] for text in (what, dtype))
     problem = Problem(model, batch, window, sinks)
+    old = None if compare is None else read_old(compare, problem, place, allowed)
     result = measure(problem, lengths, whats, dtypes, place, repeats, compiled, seed)
     print(markdown(result).rstrip())
     for path in write_result(out, result):
         note(f"written: {path}")
+    if old is not None:
+        found = compare_kernels(old, result, allowed)
+        print_regression(found)
+        if found["slower"]:
+            raise typer.Exit(1)
 
 
 @app.command(cls=PlainCommand)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.config import MIXERS, MIXES, LinearizeConfig
+from linearize.console import note
 from linearize.errors import LinearizeError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Window",
     "check_new_folder",
     "conversion",
+    "planned_conversion",
     "quiet",
 ]
 
@@ -57,6 +59,23 @@ def conversion(
     if all(part.removeprefix("-").isdecimal() for part in parts):
         layers = [int(part) for part in parts]
     return LinearizeConfig(mixer, window, sinks, mix, layers, feature_dim)
+
+
+def planned_conversion(model: str, config: LinearizeConfig) -> LinearizeConfig:
+    """`config`, or the conversion that made the model where it is a student, which is then said on stderr.
+
+    Raises:
+        LinearizeError: a student, and a `config` of one's own that is another one than it was made by.
+    """
+    from linearize.models import recorded_conversion
+
+    recorded = recorded_conversion(model)
+    if recorded is None:
+        return config
+    if config not in (DEFAULT, recorded):
+        raise LinearizeError(f"model: {model!r} is converted already; leave the options of a conversion out")
+    note("This is a student: the plan is the one that it was made by.")
+    return recorded
 
 
 def check_new_folder(out: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from linearize.cli_options import DEFAULT, Device, DType, FeatureDim, Original, quiet
 from linearize.config import MIXERS, LinearizeConfig
-from linearize.console import human_bytes, human_tokens, note, parse_tokens
+from linearize.console import human_bytes, human_tokens, note, parse_bytes, parse_tokens
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def select(
         choose_layers,
         choose_within,
         keeping_costs,
-        parse_bytes,
         parse_keep,
         uniform_layers,
         uniform_within,
@@ -115,7 +114,7 @@ def select(
         check_recipe(write)
     costs = keeping_costs(load_config(model), config, length[0], "bfloat16" if dtype == "auto" else dtype)
     layers = sorted(costs.extra)
-    limit = None if cache_bytes is None else parse_bytes(cache_bytes)
+    limit = None if cache_bytes is None else parse_bytes(cache_bytes, "cache_bytes")
     count = parse_keep(keep or KEEP, len(layers))
     if limit is not None:
         check_limit(costs, limit)

@@ -1,5 +1,6 @@
 """How the command line talks: errors in one line, notes on stderr, numbers as people write them."""
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ __all__ = [
     "human_bytes",
     "human_tokens",
     "note",
+    "parse_bytes",
     "parse_counts",
     "parse_tokens",
 ]
@@ -24,6 +26,7 @@ __all__ = [
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
 SUFFIXES = {"k": 1024, "m": 1024**2}
+BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class _PlainHelp:
@@ -118,6 +121,18 @@ def parse_tokens(text: str, option: str) -> tuple[int, ...]:
             )
         counts.append(int(digits) * factor)
     return tuple(counts)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`"50MB"` -> 50,000,000; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024, a bare number is bytes.
+
+    Raises:
+        LinearizeError: anything else; names `option`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in BYTE_UNITS:
+        raise LinearizeError(f"{option}: {text!r} is not a number of bytes; write for example 50MB or 48MiB")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:

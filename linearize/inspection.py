@@ -19,7 +19,7 @@ from linearize.convert import plan_layers
 from linearize.errors import LinearizeError
 from linearize.families import geometry_of, own_window
 
-__all__ = ["Inspection", "LayerReport", "inspect_config", "layer_bytes"]
+__all__ = ["DTYPE_BYTES", "Inspection", "LayerReport", "inspect_config", "layer_bytes", "softmax_bytes"]
 
 STATE_BYTES = 4  # the state and its normaliser are float32 whatever the model's dtype
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -114,9 +114,7 @@ def inspect_config(
     fixed = layer_bytes(config, kv_heads, head_dim, head_dim, dtype)
     layers = []
     for plan in plan_layers(model_config, config):
-        window = own_window(model_config, plan.index)
-        # A sliding layer's cache keeps window - 1 tokens: the new one makes it window.
-        kv_bytes = tuple(token_bytes * (tokens if window is None else min(tokens, window - 1)) for tokens in contexts)
+        kv_bytes = tuple(softmax_bytes(model_config, plan.index, tokens, dtype) for tokens in contexts)
         layers.append(
             LayerReport(
                 layer=plan.index,
@@ -132,6 +130,14 @@ def inspect_config(
         )
     positions = getattr(model_config, "max_position_embeddings", None)
     return Inspection(name, model_config.model_type, dtype, positions, tuple(contexts), tuple(layers))
+
+
+def softmax_bytes(model_config: Any, layer: int, tokens: int, dtype: str) -> int:
+    """What one layer of the original caches for one sequence of `tokens`; no more than its own sliding window."""
+    geometry, window = geometry_of(model_config), own_window(model_config, layer)
+    # A sliding layer's cache keeps window - 1 tokens: the new one makes it window.
+    held = tokens if window is None else min(tokens, window - 1)
+    return 2 * geometry.kv_heads * geometry.head_dim * DTYPE_BYTES[dtype] * held
 
 
 def layer_bytes(config: LinearizeConfig, kv_heads: int, head_dim: int, value_dim: int, dtype: str) -> int:

@@ -22,7 +22,6 @@ __all__ = [
     "choose_layers",
     "choose_within",
     "keeping_costs",
-    "parse_bytes",
     "parse_keep",
     "uniform_layers",
     "uniform_within",
@@ -30,7 +29,6 @@ __all__ = [
 ]
 
 KEY = "softmax_layers"
-BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -166,18 +164,6 @@ def parse_keep(text: str, layers: int) -> int:
             f"keep: {text} is {count} of the {layers} layers that can be converted; keep 1 to {layers - 1} of them"
         )
     return count
-
-
-def parse_bytes(text: str) -> int:
-    """`"50MB"` -> 50,000,000; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024, a bare number is bytes.
-
-    Raises:
-        LinearizeError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in BYTE_UNITS:
-        raise LinearizeError(f"cache_bytes: {text!r} is not a number of bytes; write for example 50MB or 48MiB")
-    return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
 def write_softmax_layers(path: Path, layers: Sequence[int]) -> None:

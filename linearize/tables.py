@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from linearize.inspection import Inspection
     from linearize.training_memory import TrainingMemory
 
-__all__ = ["print_bench", "print_evaluation", "print_inspection", "print_json", "print_table", "print_training"]
+__all__ = [
+    "print_bench",
+    "print_evaluation",
+    "print_inspection",
+    "print_json",
+    "print_regression",
+    "print_table",
+    "print_training",
+]
 
 PIPE_WIDTH = 200  # a file or a pipe has no width to fit into
 
@@ -204,6 +212,35 @@ def _bench_notes(result: dict[str, Any]) -> list[str]:
         blocks = len(result["blocks"])
         lines.append(f"the machine's own speed moved by more than 10 % in {moved} of {blocks} blocks")
     return lines
+
+
+def print_regression(found: dict[str, Any]) -> None:
+    """Two results of the kernels side by side, the cells that changed first."""
+    order = ("slower", "faster", "same")
+    rows = [
+        [
+            cell["verdict"],
+            cell["what"],
+            cell["dtype"],
+            cell["row"],
+            human_tokens(cell["tokens"]),
+            *(f"{ms:.3g}" for ms in cell["min_ms"]),
+            f"{cell['ratio_min']:.3f}",
+            f"{cell['ratio_p50']:.3f}",
+            " and ".join(f"{100 * noise:.0f} %" for noise in cell["noise"]),
+        ]
+        for cell in sorted(found["cells"], key=lambda cell: order.index(cell["verdict"]))
+    ]
+    columns = ["", "what", "dtype", "row", "tokens", "least ms, old", "new", "ratio", "ratio of medians", "noise"]
+    title = f"old and new, beyond {found['tolerance']:g} % and the noise of both"
+    print_table(title, columns, rows)
+    print(", ".join(f"{found[verdict]} {verdict}" for verdict in order))
+    print(f"A fixed matrix product takes {found['matmul_ratio']:.2f} times as long as then.")
+    for difference in found["differences"]:
+        print(f"not the same: {difference}")
+    for name, cells in (("old", found["only_old"]), ("new", found["only_new"])):
+        if cells:
+            print(f"only in the {name} one: {len(cells)} cells, such as {', '.join(map(str, cells[0]))}")
 
 
 def _crossover(found: dict[str, Any]) -> str:

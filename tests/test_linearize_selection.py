@@ -12,13 +12,13 @@ from typer.testing import CliRunner, Result
 
 from linearize import LinearizeConfig, LinearizeError, cache_bytes, convert
 from linearize.cli import app
+from linearize.console import parse_bytes
 from linearize.distill.recipe import load_recipe
 from linearize.selection import (
     LayerCosts,
     choose_layers,
     choose_within,
     keeping_costs,
-    parse_bytes,
     parse_keep,
     uniform_layers,
     uniform_within,
@@ -90,10 +90,10 @@ class TestChoice:
 
     def test_bytes(self) -> None:
         given = {"50MB": 50_000_000, "1.5 KiB": 1536, "7": 7, "2gib": 2**31, "3 B": 3}
-        assert {text: parse_bytes(text) for text in given} == given
+        assert {text: parse_bytes(text, "cache_bytes") for text in given} == given
         for text in ("", "MB", "5 XB", "-1", "1e6"):
             with pytest.raises(LinearizeError, match=r"^cache_bytes: "):
-                parse_bytes(text)
+                parse_bytes(text, "cache_bytes")
 
 
 class TestCosts:

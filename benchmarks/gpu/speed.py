@@ -28,9 +28,10 @@ from linearize.kernels.near_far.counts import MODELS as KNOWN
 from linearize.kernels.near_far.counts import Shape, kernel_work
 from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops, decode_work
 
+from ..attention_work import BACKWARD, FORWARD, Work, near_far_work, sdpa_step_work, sdpa_work
 from ..steps import Section, Skip, Step
 from .attention import new_kernels
-from .timing import Work, both_ways, flash, graphed, labelled, peak_mib, reported, row, time_calls
+from .timing import both_ways, flash, graphed, labelled, peak_mib, reported, row, time_calls
 
 __all__ = ["speed_sections"]
 
@@ -40,11 +41,6 @@ TOKENS = (2048, 8192, 32768)
 PROFILED = 8192
 BATCHES = (1, 16, 64)
 CONTEXTS = (1024, 8192, 32768)
-FORWARD = ("chunk_sums", "prefix_sums", "attention_forward")
-BACKWARD = (
-    *("chunk_sums", "prefix_sums", "far_backward_queries", "near_backward_queries", "chunk_sums_backward"),
-    *("prefix_sums", "far_backward_keys", "near_backward_keys", "sink_gradients"),
-)
 Table = list[dict[str, Any]]
 
 
@@ -123,18 +119,6 @@ def prefill_inputs(shape: Shape, scale: Scale, device: torch.device) -> tuple[Te
     )
     mixer = Hedgehog(shape.heads, shape.kv_heads, shape.head_dim, shape.half).to(device)
     return q, k, v, mixer, torch.randn(1, shape.heads, shape.tokens, device=device)
-
-
-def near_far_work(shape: Shape, backward: bool) -> Work:
-    """(operations, bytes) of each launch of a call."""
-    return [kernel_work(name, shape) for name in (FORWARD + BACKWARD if backward else FORWARD)]
-
-
-def sdpa_work(shape: Shape, backward: bool) -> Work:
-    """The same of causal SDPA."""
-    flops = 2.0 * shape.tokens**2 * shape.head_dim * shape.heads
-    moved = 2.0 * shape.element * shape.tokens * shape.head_dim * (shape.heads + shape.kv_heads)
-    return [(flops, moved), (2.5 * flops, 2 * moved)] if backward else [(flops, moved)]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -220,7 +204,7 @@ def bench_decode(model: str, batch: int, scale: Scale, device: torch.device) -> 
     forms = (("SDPA, grouped heads", q), ("SDPA, groups as rows", q.reshape(batch, kv_heads, group, head_dim)))
     for keys in scale.contexts:
         old = [torch.randn(batch, kv_heads, keys, head_dim, device=device, dtype=scale.dtype) for _ in "kv"]
-        work = [(4.0 * batch * heads * keys * head_dim, element * 2.0 * (old[0].numel() + q.numel()))]
+        work = sdpa_step_work(make_shape(model, keys, scale), batch)
         for what, queries in forms:
             attend = torch.no_grad()(partial(attend_all, queries, *old))
             with reported(table, what), flash(device):

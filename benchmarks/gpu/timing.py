@@ -1,5 +1,6 @@
 """Timing of calls on a GPU, and the rows of tables that come of it."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.kernels.devices import DEVICES, Device
 
+from ..attention_work import Work
+
 __all__ = ["both_ways", "flash", "graphed", "known_device", "labelled", "peak_mib", "reported", "row", "time_calls"]
 
 SECONDS = 0.4  # of timed calls
 REPEATS = 5, 50
 L2_BYTES = 256 * 2**20
-Work = list[tuple[float, float]]  # (operations, bytes) of each kernel
 
 
 def time_calls(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -73,7 +75,8 @@ def known_device(device: torch.device) -> Device | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((found for key, found in DEVICES.items() if key in name), None)
+    # Whole words: an L40 is no L4.
+    return next((found for key, found in DEVICES.items() if re.search(rf"\b{re.escape(key)}\b", name)), None)
 
 
 def row(

@@ -1,0 +1,319 @@
+"""How many sequences fit into a given memory, how fast they are decoded there, and what finished answers cost.
+
+A smaller cache is worth the sequences that fit beside each other. So the original and the student are compared each at
+the largest batch that it has room for, at every context: weights and caches in `memory` bytes (activations and what a
+GPU keeps for itself are not counted, see `linearize.benchmarks.step_costs`).
+
+An answer is `prompt_tokens` read and `answer_tokens` written. Prompts are read one after another, as servers do, and
+then all sequences are decoded together:
+
+    seconds of 1000 answers  =  1000 (prefill of one prompt + answer_tokens * step of the batch / batch)
+
+The step is that in the middle of the answer, which is the mean of a cost that grows evenly; itself it is the mean of
+W consecutive ones, so that the one that folds a chunk into the state counts as often as in use.
+
+Where the numbers are from
+    measured    by `decode.measure` at that very batch and length, the original under its better cache
+    predicted   this machine cannot hold or reach that batch in time (`max_minutes`), so half of it is measured, or a
+                quarter, ...: what that step takes beyond its bound is added to the bound of the whole batch. A prompt
+                too long to read is predicted from a shorter one, in proportion to their bounds
+    bound       not even one sequence could be measured: no faster than that
+
+`bench_capacity` returns what `write_json` stores as capacity.json.
+
+    {"kind": "linearize.capacity", "schema": 1, "baseline": "original", "rows": [str, ...], "device": str, "dtype": str,
+     "memory_bytes": int, "answer_tokens": int, "decode_tokens": int, "max_minutes": float,   decode_tokens: timed steps
+     "bandwidth": {...},                                  of `roofline.bandwidth`
+     "cells": [{"row": str, "context": int, "prompt_tokens": int, "batch": int,      0: not even one fits, all else null
+                "weight_bytes": int, "cache_bytes": int,                             of that batch
+                "step": FOUND | null, "prefill": FOUND | null,                       of the batch; of one prompt
+                "tokens_per_s": float | null, "seconds_per_1000_answers": float | null}, ...],
+     "seconds": float, "machine": {...}}
+
+FOUND is {"ms": float, "how": "measured" | "predicted" | "bound", "bound_ms": float, "at": int | null, "reason": str |
+null, "cache": "static" | "dynamic" | null}: `at` is the batch or the prompt's tokens that were measured, `reason` why
+those and not all of them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from linearize.benchmarks.decode import WARMUP, measure
+from linearize.benchmarks.evaluate import BASELINE
+from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
+from linearize.benchmarks.machine import available_memory, machine_info
+from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
+from linearize.benchmarks.speed import Sample
+from linearize.benchmarks.step_costs import ModelCosts, model_costs, prefill_flops
+from linearize.config import LinearizeConfig
+from linearize.console import human_bytes, human_tokens
+from linearize.convert import base_model
+from linearize.errors import LinearizeError
+from linearize.inspection import DTYPE_BYTES
+
+__all__ = ["KIND", "bench_capacity", "check_capacity"]
+
+KIND = "linearize.capacity"
+ANSWERS = 1000
+# Of what is free, for the cache and one layer's activations: the rest is for copies that they leave in the allocator.
+FREE_SHARE = 0.7
+# How many times its bound the first prompt is expected to take; later ones go by the one before.
+SLOWNESS = 4.0
+STEPS = 16  # timed where nothing folds
+
+
+@dataclass(frozen=True)
+class Found:
+    """One number of a cell; see the module."""
+
+    ms: float
+    how: str
+    bound_ms: float
+    at: int | None = None
+    reason: str | None = None
+    cache: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def bench_capacity(
+    rows: Rows,
+    memory: int,
+    contexts: Sequence[int],
+    answer_tokens: int = 512,
+    prompt_tokens: int | None = None,
+    max_minutes: float = 2.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Largest batch, tokens a second and the cost of answers, for every row at every context.
+
+    Args:
+        rows: as `bench_decode` takes them; one is `"original"`, the others are conversions of it.
+        memory: bytes for weights and caches.
+        contexts: tokens that each sequence has room for: prompt and answer.
+        answer_tokens: of an answer, >= 1.
+        prompt_tokens: of a prompt; what an answer leaves of the context if left out.
+        max_minutes: the longest that one measurement is expected to take.
+        seed: of the prompts.
+
+    Returns:
+        JSON-able; the module's docstring has the keys.
+
+    Raises:
+        LinearizeError: no row `"original"`, or a number out of range.
+    """
+    check_capacity(memory, contexts, answer_tokens, prompt_tokens, max_minutes)
+    if BASELINE not in rows:
+        raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
+    start = time.perf_counter()
+    lengths = sorted(set(contexts))
+    with rows[BASELINE]() as model:
+        device, dtype = device_of(model), str(next(model.parameters()).dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise LinearizeError(f"dtype: the model is in {dtype}; load it in one of {', '.join(DTYPE_BYTES)}")
+    rates = bandwidth(device, dtypes=[dtype])
+    roof = measured_roof(device, found=rates)
+    costs = {row: _costs(rows, row, dtype) for row in rows}
+    steps = max((x.conversion.window for x in costs.values() if x.conversion is not None), default=STEPS)
+    cells = []
+    with progress_bar("capacity", total=len(lengths) * len(rows)) as advance:
+        for row in rows:
+            bench = _Row(rows, row, costs[row], roof, 60 * max_minutes, steps, seed)
+            for context in lengths:
+                prompt = context - answer_tokens if prompt_tokens is None else prompt_tokens
+                cells.append(_cell(bench, context, prompt, answer_tokens, memory))
+                advance(f"{row}, {human_tokens(context)}")
+    cells.sort(key=lambda cell: cell["context"])  # stable: rows stay in their order
+    return {
+        "kind": KIND,
+        "schema": 1,
+        "baseline": BASELINE,
+        "rows": list(rows),
+        "device": str(device),
+        "dtype": dtype,
+        "memory_bytes": memory,
+        "answer_tokens": answer_tokens,
+        "decode_tokens": steps,
+        "max_minutes": max_minutes,
+        "bandwidth": rates,
+        "cells": cells,
+        "seconds": round(time.perf_counter() - start, 1),
+        "machine": machine_info(seed),
+    }
+
+
+def _cell(bench: "_Row", context: int, prompt: int, answer: int, memory: int) -> dict[str, Any]:
+    costs = bench.costs
+    batch = costs.largest_batch(context, memory)
+    cell = {
+        "row": bench.row,
+        "context": context,
+        "prompt_tokens": prompt,
+        "batch": batch,
+        "weight_bytes": costs.weight_bytes,
+        "cache_bytes": costs.cache_bytes(context, batch),
+    }
+    if batch == 0:
+        return cell | dict.fromkeys(("step", "prefill", "tokens_per_s", "seconds_per_1000_answers"))
+    prefill = bench.prefill(prompt)
+    step = bench.step(batch, prompt + answer // 2, prefill.ms / 1e3 / prompt)
+    seconds = ANSWERS * (prefill.ms + answer * step.ms / batch) / 1e3
+    return cell | {
+        "step": step.to_dict(),
+        "prefill": prefill.to_dict(),
+        "tokens_per_s": 1e3 * batch / step.ms,
+        "seconds_per_1000_answers": seconds,
+    }
+
+
+class _Row:
+    """One row's measurements. `limit_s`: what each may be expected to take; `steps`: timed in each."""
+
+    def __init__(
+        self, rows: Rows, row: str, costs: ModelCosts, roof: Roof, limit_s: float, steps: int, seed: int
+    ) -> None:
+        self.enter = rows[row]
+        self.row = row
+        self.costs = costs
+        self.roof = roof
+        self.limit_s = limit_s
+        self.steps = steps
+        self.generator = torch.Generator().manual_seed(seed)
+        self.slowness = SLOWNESS  # measured prefill over its bound, of the last prompt
+
+    def prefill(self, tokens: int) -> Found:
+        """Of one prompt: measured, or predicted from the longest half, quarter, ... that can be measured in time."""
+
+        def bound(length: int) -> float:
+            return predict(self.costs.read_bytes, prefill_flops(self.costs, length), self.roof, self.costs.dtype)
+
+        def obstacle(length: int) -> str | None:
+            return self._obstacle(1, length, self.slowness * bound(length))
+
+        def run(length: int) -> tuple[float, str]:
+            sample = self._sample(1, length, "dynamic", steps=1)
+            return sample.prefill_ms / 1e3, "dynamic"
+
+        tried = _largest(tokens, obstacle, run)
+        if tried.seconds is None:
+            return Found(1e3 * bound(tokens), "bound", 1e3 * bound(tokens), reason=tried.reason)
+        self.slowness = tried.seconds / bound(tried.size)
+        how = "measured" if tried.size == tokens else "predicted"
+        seconds = tried.seconds if how == "measured" else bound(tokens) * self.slowness
+        return Found(1e3 * seconds, how, 1e3 * bound(tokens), tried.size, tried.reason, tried.cache)
+
+    def step(self, batch: int, context: int, read_s: float) -> Found:
+        """Of the whole batch. `read_s`: seconds that reading a token takes, as every sequence is read first."""
+
+        def bound(size: int) -> float:
+            return step_seconds(self.costs, context, size, self.roof)
+
+        def obstacle(size: int) -> str | None:
+            return self._obstacle(size, context, size * context * read_s + self.steps * bound(size))
+
+        def run(size: int) -> tuple[float, str]:
+            # The mean of the timed steps is that at `context`, and the original has the better of its caches.
+            length = max(1, context - WARMUP - self.steps // 2)
+            kinds = ("static", "dynamic") if self.row == BASELINE else ("dynamic",)
+            found = [(fmean(self._sample(size, length, kind, self.steps).step_ms) / 1e3, kind) for kind in kinds]
+            return min(found)
+
+        tried = _largest(batch, obstacle, run)
+        if tried.seconds is None:
+            return Found(1e3 * bound(batch), "bound", 1e3 * bound(batch), reason=tried.reason)
+        if tried.size == batch:
+            return Found(1e3 * tried.seconds, "measured", 1e3 * bound(batch), batch, None, tried.cache)
+        roof = calibrate(self.roof, [(bound(tried.size), tried.seconds)])
+        seconds = step_seconds(self.costs, context, batch, roof)
+        return Found(1e3 * seconds, "predicted", 1e3 * bound(batch), tried.size, tried.reason, tried.cache)
+
+    def _obstacle(self, batch: int, tokens: int, seconds: float) -> str | None:
+        """Why a measurement cannot be made here."""
+        if seconds > self.limit_s:
+            return f"{batch} x {tokens} tokens would take about {seconds / 60:.1f} minutes"
+        with self.enter() as model:
+            free = available_memory(device_of(model))
+        needed = self.costs.cache_bytes(tokens, batch) + batch * _activation_bytes(self.costs, tokens)
+        if free is not None and needed > FREE_SHARE * free:
+            return f"{batch} x {tokens} tokens would take about {human_bytes(needed)} of {human_bytes(free)} free"
+        return None
+
+    def _sample(self, batch: int, length: int, cache: str, steps: int) -> Sample:
+        """The one place that measures, by all that is needed of `linearize.benchmarks.decode`."""
+        with self.enter() as model, inference(model):
+            vocabulary = base_model(model).config.vocab_size
+            prompt = torch.randint(vocabulary, (batch, length), generator=self.generator)
+            return measure(model, prompt, cache, steps)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The largest size that was measured: seconds there, the cache, and why no larger one; None where none was."""
+
+    size: int = 0
+    seconds: float | None = None
+    cache: str | None = None
+    reason: str | None = None
+
+
+def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[int], tuple[float, str]]) -> Tried:
+    """Measure `size`, or half of it, or a quarter, ...: the first that nothing speaks against."""
+    first = None
+    while size >= 1:
+        reason = obstacle(size)
+        if reason is None:
+            try:
+                seconds, cache = run(size)
+            except torch.OutOfMemoryError:
+                reason = f"there is too little memory for {size} here"
+            else:
+                return Tried(size, seconds, cache, first)
+        first = first or reason
+        size //= 2
+    return Tried(reason=first)
+
+
+def _activation_bytes(costs: ModelCosts, tokens: int) -> int:
+    """About what one layer holds while it reads a prompt: hidden states, the MLP's inner ones, and in a converted layer
+    the weights of near keys."""
+    config, element = costs.model_config, DTYPE_BYTES[costs.dtype]
+    one = element * (4 * config.hidden_size + 3 * config.intermediate_size)
+    if costs.conversion is not None:
+        keys = costs.conversion.sinks + 2 * costs.conversion.window
+        one += 2 * 4 * costs.geometry.heads * (keys + costs.geometry.head_dim)
+    return tokens * one
+
+
+def _costs(rows: Rows, row: str, dtype: str) -> ModelCosts:
+    """Of a row: the original, or the conversion that its model records."""
+    with rows[row]() as model:
+        config = base_model(model).config
+    conversion = None if row == BASELINE else LinearizeConfig.from_dict(config.linearize)
+    return model_costs(config, conversion, dtype)
+
+
+def check_capacity(
+    memory: int, contexts: Sequence[int], answer_tokens: int, prompt_tokens: int | None, max_minutes: float
+) -> None:
+    """Raise the LinearizeError that `bench_capacity` would raise of its numbers, without a model."""
+    if not contexts:
+        raise LinearizeError("contexts: the list is empty; name at least one context in tokens, such as 4096")
+    numbers = {"memory": memory, "answer_tokens": answer_tokens, "prompt_tokens": prompt_tokens}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise LinearizeError(f"{name}: {value} is below 1; use 1 or more")
+    if max_minutes <= 0:
+        raise LinearizeError(f"max_minutes: {max_minutes} leaves no time to measure; use more than 0")
+    prompt = 1 if prompt_tokens is None else prompt_tokens
+    if min(contexts) < prompt + answer_tokens:
+        raise LinearizeError(
+            f"contexts: {min(contexts)} tokens have no room for {prompt} of a prompt and {answer_tokens} of an answer; "
+            f"use contexts of {prompt + answer_tokens} or more, or a shorter prompt or answer"
+        )
