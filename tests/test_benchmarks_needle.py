@@ -61,32 +61,32 @@ def test_prompts_have_the_asked_length_and_depth():
     tokenizer = tiny_tokenizer(bos=True)
     needles = build_needles(tokenizer, TEXT, (200, 300), (0.0, 0.5, 1.0), trials=2)
     assert len(needles) == 12
-    assert len({task.numbers for task in needles}) == 12
+    assert len({task.values for task in needles}) == 12
     for task in needles:
         assert len(task.prompt) == task.length
         assert task.prompt[0] == tokenizer.bos_token_id
         text = tokenizer.decode(task.prompt[1:])
-        assert text.count(task.numbers[0]) == 1
-        assert not any(number in text for number in task.numbers[1:])
-        sentence = f"the secret number is {task.numbers[0]}."
+        assert text.count(task.values[0]) == 1
+        assert not any(number in text for number in task.values[1:])
+        sentence = f"the secret number is {task.values[0]}."
         before, after = text.split(sentence)
         assert after.endswith("the secret number is")
         share = len(before) / (len(before) + len(after))
         assert share == pytest.approx(task.depth, abs=0.3)
-        assert tokenizer.decode(task.candidates[0]) == f" {task.numbers[0]}"
+        assert tokenizer.decode(task.candidates[0]) == f" {task.values[0]}"
 
 
 def test_several_keys_are_hidden_and_one_is_asked_for():
     tokenizer = tiny_tokenizer()
-    for task in build_needles(tokenizer, TEXT, (500,), (0.0, 1.0), trials=3, keys=3, digits=7):
+    for task in build_needles(tokenizer, TEXT, (500,), (0.0, 1.0), trials=3, keys=(3,), digits=7):
         assert len(task.prompt) == task.length
         text = tokenizer.decode(task.prompt)
         facts = dict(re.findall(r"fact to remember: the secret number of the (\w+) is (\d{7})\.\n", text))
         asked = re.search(r"the secret number of the (\w+) is$", text)
         assert len(facts) == 3
-        assert facts[asked[1]] == task.numbers[0]
-        assert sorted(facts.values()) == sorted(task.numbers[:3])  # the others' numbers are candidates
-        assert not any(number in text for number in task.numbers[3:])
+        assert facts[asked[1]] == task.values[0]
+        assert sorted(facts.values()) == sorted(task.values[:3])  # the others' numbers are candidates
+        assert not any(number in text for number in task.values[3:])
 
 
 def test_a_model_that_remembers_finds_all_and_one_that_forgets_none():
@@ -131,14 +131,14 @@ def test_scores_of_a_cached_model_equal_those_of_whole_sequences():
 def test_written_number_must_end_where_it_ends():
     tokenizer = tiny_tokenizer()
     (task,) = build_needles(tokenizer, TEXT, (300,), (0.5,))
-    digit = tokenizer(f"{task.numbers[0]}7")["input_ids"]
+    digit = tokenizer(f"{task.values[0]}7")["input_ids"]
 
     class TooLong(Copier):
         def predict(self, ids):
             return digit[len(ids) - 301] if 301 <= len(ids) < 307 else tokenizer(" ")["input_ids"][0]
 
     (result,) = needle(TooLong(1000), tokenizer, [task])
-    assert result["text"] == f" {task.numbers[0]}7"[: len(result["text"])]
+    assert result["text"] == f" {task.values[0]}7"[: len(result["text"])]
     assert not result["greedy"]
 
 
@@ -175,7 +175,7 @@ def test_refusals(lengths, depths, message):
 
 def test_as_many_keys_as_there_are():
     with pytest.raises(LinearizeError, match="needle_keys: 9 is outside 1 to 8"):
-        build_needles(tiny_tokenizer(), TEXT, (500,), (0.5,), keys=9)
+        build_needles(tiny_tokenizer(), TEXT, (500,), (0.5,), keys=(1, 9))
 
 
 def test_the_named_smallest_length_works():
