@@ -53,10 +53,10 @@ def original_shares(seen: Observation, target: FarTarget | None = None) -> Tenso
 def student_shares(seen: Observation) -> Tensor:
     """The student's masses by its own mix, as the switch has it: (3, B, H, T), no gradient. Arguments as above."""
     layer, config = seen.layer, seen.layer.linearize_config
-    length, options = seen.q.shape[2], {"window": config.window, "scale": layer.scaling}
+    length = seen.q.shape[2]
     q, k, v = (pad_to_chunks(x, config.window) for x in (seen.q, seen.k, seen.v))
     sinks = k[:, :, : config.sinks], v[:, :, : config.sinks]
-    _, near_lse = near_chunked(q, k, v, *sinks, **options)
+    _, near_lse = near_chunked(q, k, v, *sinks, window=config.window, scale=layer.scaling)
     logit = layer.mix_logit(q)
     if layer.mixer is None or logit is None:
         older = torch.zeros_like(near_lse)
@@ -66,7 +66,7 @@ def student_shares(seen: Observation) -> Tensor:
         _, log_mass = far_read(q, k, v, layer.mixer, window=config.window, sinks=config.sinks)
         mix_lse = near_lse
         if config.mix == "peak":
-            _, mix_lse = near_chunked(q, k, v, *sinks, **options, from_peak=True)
+            _, mix_lse = near_chunked(q, k, v, *sinks, window=config.window, scale=layer.scaling, from_peak=True)
         older = far_log_odds(mix_lse, log_mass, logit, config.mix).sigmoid()
     return _split(seen, older[:, :, :length], near_lse[:, :, :length])
 

@@ -101,7 +101,7 @@ def build_recall(tokenizer: Any, tokens: Tensor, lengths: Sequence[int], seed: i
     prompts = []
     for length in lengths:
         for _ in range(TRIALS):
-            for pairs in PAIRS if words else ():
+            for pairs in sorted(PAIRS, reverse=True) if words else ():  # a length is too short for the longest first
                 prompts.append(_associative(tokenizer, start, tokens, words, length, pairs, generator))
             prompts.append(_copy(start, alphabet, length, generator))
             prompts.append(_induction(start, alphabet, length, generator))
@@ -249,11 +249,11 @@ def summarise_recall(
 
 
 def _cells(prompts: Sequence[RecallPrompt], found: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
-    """The means of the prompts of each length and number of pairs."""
+    """The means of the prompts of each length and number of pairs, in that order."""
     cells: dict[tuple[int, int], list[int]] = {}
     for number, prompt in enumerate(prompts):
         cells.setdefault((prompt.length, prompt.pairs), []).append(number)
-    for (length, pairs), own in cells.items():
+    for (length, pairs), own in sorted(cells.items()):
         group = [prompts[number] for number in own]
         yield {
             "length": length,
