@@ -37,8 +37,9 @@ DECIMALS = 6
 LOOKS_BACK, BYPASSED = 0.1, 0.1
 
 
+@torch.no_grad()
 def original_shares(seen: Observation, target: FarTarget | None = None) -> Tensor:
-    """The original's masses, (3, B, H, T) in the order of `PARTS`, from log-sum-exps.
+    """The original's masses, (3, B, H, T) in the order of `PARTS`, from log-sum-exps, no gradient.
 
     Args:
         seen: what a layer saw, in rows without padding or documents.
@@ -50,6 +51,7 @@ def original_shares(seen: Observation, target: FarTarget | None = None) -> Tenso
     return _split(seen, older, target.near_lse[:, :, :length])
 
 
+@torch.no_grad()
 def student_shares(seen: Observation) -> Tensor:
     """The student's masses by its own mix, as the switch has it: (3, B, H, T), no gradient. Arguments as above."""
     layer, config = seen.layer, seen.layer.linearize_config
