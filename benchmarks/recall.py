@@ -38,7 +38,8 @@ PROBES = ("associative", "copy", "induction")
 # Pairs of a list, of which as many as QUERIES are asked for.
 PAIRS = (8, 32)
 QUERIES = 8
-TRIALS = 2
+# Prompts of each length and list: the fewest whose means have an interval worth the name.
+TRIALS = 4
 # Of induction: pairs of a prompt, and tokens from one to the next.
 PLANTED, STEP = 8, 6
 LIST = "\nA list of pairs:"
@@ -122,15 +123,15 @@ def _associative(
     asked = generator.sample(said, min(QUERIES, pairs))
     values = [words[value] for _, value in said]
 
-    def encode(head: str, listed: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def encode(head: str, listed: Sequence[tuple[str, str]], tail: str = "") -> tuple[list[int], list[int]]:
         """Tokens, and where in them the values are."""
         lines = "".join(PAIR.format(key=key, value=value) for key, value in listed)
-        ids = tokenizer(head + lines, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(head + lines + tail, add_special_tokens=False)["input_ids"]
         places = [ids.index(words[value]) for _, value in listed]
         assert places == sorted(places), "a word has another token in its list"
         return ids, places
 
-    first, said_at = encode(LIST, said)
+    first, said_at = encode(LIST, said, "\n\n")
     last, asked_at = encode(AGAIN, asked)
     room = length - len(start) - len(first) - len(last)
     if room < 0:

@@ -287,7 +287,7 @@ class EvaluateOptions(Record):
     needle_keys: tuple[int, ...] = option((1,), least=1)
     needle_digits: int = option(5, least=2, most=9)
     needle_kind: tuple[Literal["digits", "words"], ...] = ("digits",)
-    recall_lengths: tuple[int, ...] = option((512, 1024), least=64)
+    recall_lengths: tuple[int, ...] = option((512,), least=64)
     kl_tokens: int = option(2048, least=0)
     attention: bool = False
     letters: int = option(0, least=0)

@@ -265,7 +265,7 @@ def evaluate(
     needle_kind: Annotated[str, typer.Option(help="What is hidden, digits or words or both.")] = "digits",
     recall_lengths: Annotated[
         str, typer.Option(help="Tokens of prompts that ask for pairs and copies said before, or none.")
-    ] = "512,1k",
+    ] = "512",
     kl_tokens: Annotated[int, typer.Option(help="Tokens that the distance from the original is measured on.")] = 2048,
     answers: Annotated[int, typer.Option(help="Prompts that are answered; 0 leaves generation out.")] = 8,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
