@@ -75,13 +75,12 @@ def student_shares(seen: Observation) -> Tensor:
 
 def _split(seen: Observation, older: Tensor, near_lse: Tensor) -> Tensor:
     """What is not older, (B, H, T), divided into sinks and window."""
-    sinks, length = seen.layer.linearize_config.sinks, seen.q.shape[2]
+    sinks = seen.layer.linearize_config.sinks
     # The scale goes to the queries, in the dtype of the sums: as the near side has it.
     q = (seen.q.to(near_lse.dtype) * seen.layer.scaling).unflatten(1, (seen.k.shape[1], -1))
     keys = seen.k[:, :, None, :sinks].to(near_lse.dtype)
-    place = torch.arange(length, device=q.device)
-    later = place[:sinks] > place[:, None]
-    lse = (q @ keys.transpose(-1, -2)).masked_fill(later, -torch.inf).flatten(1, 2).logsumexp(-1)
+    lse = (q @ keys.transpose(-1, -2)).flatten(1, 2).logsumexp(-1)
+    # A query among the sinks sees nothing else: its share is 1, whatever the sinks behind it would add.
     share = (lse - near_lse).exp().clamp(max=1.0)
     return torch.stack([(1 - older) * share, (1 - older) * (1 - share), older])
 
