@@ -18,7 +18,7 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
         "candidates": 10, "chance_first": 0.1,
         "rows": {ROW: {FRACTIONS,
             "lengths": [{"length": int, FRACTIONS}, ...],
-            "cells": [{"length": int, "depth": float, FRACTIONS}, ...]}}},
+            "cells": [{"length": int, "depth": float, "keys": int, "kind": "digits" | "words", FRACTIONS}, ...]}}},
      "kl": null | {                                                     KL(original || row) per token
         "text": TEXT, "seq_len": int, "n_sequences": int, "n_tokens": int,
         "rows": {ROW: {"n_not_finite": int, "kl": float | null, "ci95": ci95,
@@ -32,6 +32,33 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
             "mean_length": float,                                       tokens
             "length_ratio": float | null, "length_ratio_ci95": ci95,    over the original's
             "answers": [str, ...]}}},
+     "recall": null | {                                                 see linearize.benchmarks.recall
+        "probes": {PROBE: {                                             associative, copy, induction
+            "n_prompts": int, "n_answers": int, "chance_first": float,
+            "rows": {ROW: {RECALLED, "first_ci95": ci95, "greedy_ci95": ci95,
+                "cells": [{"length": int, "pairs": int, "distance": float, "chance_first": float, "answers": int,
+                           RECALLED}, ...]}},
+            "comparisons": [{"row": ROW, "against": ROW,                above 0: the row is better
+                             "first_difference": float, "first_ci95": ci95,
+                             "greedy_difference": float, "greedy_ci95": ci95}, ...]}}},
+     "letters": null | {TASK: {                                         choices by letter, in every cyclic order
+        "n_items": int, "chance": float, "chance_consistency": float,
+        "letters": [str, ...], "true": [float, ...],                    how often each is right
+        "rows": {ROW: {"accuracy": float, "ci95": ci95,
+            "letters": [float, ...],                                    how often each is chosen
+            "letter_distance": float,                                   from `true`: half the sum of differences
+            "consistency": float}},                                     items answered alike in all orders
+        "comparisons": [{"row": ROW, "against": ROW, "accuracy_difference": float, "ci95": ci95}, ...]}},
+     "attention": null | {                                              see linearize.benchmarks.attention_mass
+        "text": TEXT, "seq_len": int, "n_sequences": int,
+        "rows": {ROW: {"window": int, "sinks": int, "mean": {"sinks", "window", "older"},
+            "layers": [{"layer": int, "sinks": [float, ...], "window": [float, ...], "older": [float, ...]}, ...],
+            "bypassed": null | {"heads": int, "of": int}}},             of those that look back in the original
+        "not_measured": {ROW: str}},                                    why not
+     "lm_eval": null | {TASK: {                                         see linearize.benchmarks.harness
+        "version", "n_samples": int | null, "chance": float | null,
+        "rows": {ROW: {METRIC: {"value": float | null, "stderr": float | null,
+                                "retention_over_chance": null | KEPT}}}}},
      "tokens_seen": {ROW: int},                                         trained on, where it is known
      "notes": [str, ...],
      "machine": {...}}                                                  see linearize.benchmarks.machine
@@ -55,25 +82,31 @@ cannot be computed, such as an interval of one sequence. All NLLs are in nats; a
                  "accuracy": float, "ci95": ci95, "retention": KEPT, "retention_over_chance": KEPT}
     KEPT      = {"value": float | null, "ci95": ci95}
     FRACTIONS = "trials": int, "greedy": float, "first": float, "mean_rank": float
+    RECALLED  = "first": float, "greedy": float, "nll": float | null
 """
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from linearize.benchmarks.attention_mass import attention_mass, summarise_attention
 from linearize.benchmarks.choices import mean_retention, score_items, summarise_choices, summarise_words
 from linearize.benchmarks.divergence import Reference, divergence, reference_states, summarise_divergence
 from linearize.benchmarks.generation import answer, encode_prompts, load_prompts, summarise_answers
+from linearize.benchmarks.harness import load_harness, summarise_harness
 from linearize.benchmarks.inference import Rows, progress_bar
 from linearize.benchmarks.items import LastWord, load_items, named_path
+from linearize.benchmarks.letters import build_letters, choose_letters, lettered, summarise_letters
 from linearize.benchmarks.machine import machine_info
 from linearize.benchmarks.needle import build_needles, needle, summarise_needles
 from linearize.benchmarks.perplexity import cut_sequences, perplexity_by_context, summarise_perplexity
-from linearize.benchmarks.work import Measured, Work, digest
+from linearize.benchmarks.recall import build_recall, recall, summarise_recall
+from linearize.benchmarks.work import Measured, Work, digest, digest_files
 from linearize.console import note
 from linearize.errors import LinearizeError
 
@@ -85,9 +118,11 @@ __all__ = ["BASELINE", "KIND", "MEASUREMENTS", "STUDENT", "Measurement", "evalua
 KIND = "linearize.evaluate"
 BASELINE = "original"
 STUDENT = "student"
-MEASUREMENTS = ("perplexity", "choices", "needle", "kl", "generation")
+MEASUREMENTS = ("perplexity", "choices", "needle", "kl", "generation", "recall", "letters", "attention", "lm-eval")
 # Decimals of kept NLLs: far below what a float32 sum of thousands can tell apart.
 DECIMALS = 6
+# Of the first context, that attention is followed on: means over thousands of queries move little after that.
+ATTENTION_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -121,6 +156,7 @@ def evaluate_rows(
     seed: int = 0,
     work: Work | None = None,
     only: Collection[str] = MEASUREMENTS,
+    conversion: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every row; rows are entered one after the other, each at most once.
 
@@ -133,20 +169,22 @@ def evaluate_rows(
         seed: of the bootstrap, the choice of items and the needles.
         work: where finished measurements are kept, and found again. Without it nothing is kept.
         only: what is measured, among `MEASUREMENTS`. Others are in the result where `work` has them for all rows.
+        conversion: JSON-able, of the rows' models. Of what is kept in `work`, where attention goes depends on it in
+            every row: the original's is split at the student's window.
 
     Returns:
         JSON-able; the module's docstring has the keys.
 
     Raises:
-        LinearizeError: no row `"original"`, an unknown measurement, too little text, or a bad file of items or
-            prompts. Raised before a row is entered.
+        LinearizeError: no row `"original"`, an unknown measurement, too little text, a bad file of items or prompts,
+            or tasks of lm-eval that are not there. Raised before a row is entered.
     """
     if BASELINE not in rows:
         raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
     for kind in only:
         if kind not in MEASUREMENTS:
             raise LinearizeError(f"only: {kind!r} is not measured; choose from {', '.join(MEASUREMENTS)}")
-    plan = plan_measurements(tokenizer, texts, options, list(rows), seed)
+    plan = plan_measurements(tokenizer, texts, options, list(rows), seed, conversion)
     found: dict[tuple[str, str], Measured] = {}
     for measurement in plan:
         for row in _measured_rows(measurement, rows):
@@ -198,7 +236,12 @@ def _measure(
 
 
 def plan_measurements(
-    tokenizer: Any, texts: Mapping[str, Tensor], options: "EvaluateOptions", rows: Sequence[str], seed: int
+    tokenizer: Any,
+    texts: Mapping[str, Tensor],
+    options: "EvaluateOptions",
+    rows: Sequence[str],
+    seed: int,
+    conversion: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
     """All that the options ask for, with prompts and items built: what is wrong with them shows here, without a model.
 
@@ -219,6 +262,14 @@ def plan_measurements(
         plan.append(_divergence(texts, options, seed))
     if options.answers:
         plan.append(_generation(tokenizer, options, seed))
+    if options.recall_lengths:
+        plan.append(_recall(tokenizer, next(iter(texts.values())), options, rows, seed))
+    if options.letters:
+        plan += _letters(tokenizer, options, rows, seed)
+    if options.attention:
+        plan.append(_attention(texts, options, conversion))
+    if options.lm_eval:
+        plan += _harness(tokenizer, options, seed)
     return plan
 
 
@@ -275,6 +326,7 @@ def _needles(tokenizer: Any, text: Tensor, options: "EvaluateOptions", seed: int
         seed,
         options.needle_keys,
         options.needle_digits,
+        options.needle_kind,
     )
     settings = {"prompts": digest([asdict(prompt) for prompt in prompts])}
     return Measurement("needle", "", settings, lambda model, _: needle(model, tokenizer, prompts), summarise_needles)
@@ -309,6 +361,74 @@ def _generation(tokenizer: Any, options: "EvaluateOptions", seed: int) -> Measur
 
     settings = {"prompts": digest(prompts), "max_new_tokens": limit}
     return Measurement("generation", "", settings, lambda model, _: answer(model, tokenizer, prompts, limit), summarise)
+
+
+def _recall(tokenizer: Any, text: Tensor, options: "EvaluateOptions", rows: Sequence[str], seed: int) -> Measurement:
+    prompts = build_recall(tokenizer, text, options.recall_lengths, seed)
+
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        return summarise_recall(outcomes, prompts, _comparisons(rows), seed)
+
+    settings = {"prompts": digest([asdict(prompt) for prompt in prompts])}
+    return Measurement("recall", "", settings, lambda model, _: recall(model, prompts), summarise)
+
+
+def _letters(tokenizer: Any, options: "EvaluateOptions", rows: Sequence[str], seed: int) -> list[Measurement]:
+    """Of every task that can be asked by letter."""
+
+    def plan(name: str, items: list[Any]) -> Measurement:
+        prompts = build_letters(tokenizer, items)
+
+        def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+            return summarise_letters(outcomes, items, _comparisons(rows), seed)
+
+        settings = {"prompts": digest(prompts)}
+        return Measurement("letters", name, settings, lambda model, _: choose_letters(model, prompts), summarise)
+
+    tasks = [named_path(given, "choices") for given in options.choices]
+    found = [(name, load_items(path, options.letters, seed)) for name, path in tasks]
+    planned = [plan(name, items) for name, items in found if lettered(items)]
+    if not planned:
+        raise LinearizeError(
+            f"letters: {options.letters} questions are asked by letter, and no file of choices has questions of three "
+            "or more choices; name one with choices, or leave letters out"
+        )
+    return planned
+
+
+def _attention(
+    texts: Mapping[str, Tensor], options: "EvaluateOptions", conversion: Mapping[str, Any] | None
+) -> Measurement:
+    text, context = next(iter(texts)), options.contexts[0]
+    sequences = cut_sequences(_cut(texts[text], options), context, ATTENTION_SEQUENCES * context)
+
+    def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+        size = {"text": text, "seq_len": context, "n_sequences": len(sequences)}
+        return {**size, **summarise_attention(outcomes, BASELINE)}
+
+    settings = {"sequences": digest(sequences.tolist()), "conversion": conversion and dict(conversion)}
+    return Measurement("attention", "", settings, lambda model, _: attention_mass(model, sequences), summarise)
+
+
+def _harness(tokenizer: Any, options: "EvaluateOptions", seed: int) -> list[Measurement]:
+    folder = options.lm_eval_tasks
+    harness = load_harness(options.lm_eval, folder, options.lm_eval_limit)
+    shared = {
+        "version": harness.version,
+        "limit": harness.limit,
+        "folder": None if folder is None else digest_files(Path(folder)),
+    }
+
+    def plan(task: str) -> Measurement:
+        def summarise(outcomes: dict[str, Any]) -> dict[str, Any]:
+            return summarise_harness(outcomes, BASELINE, seed)
+
+        settings = {"task": task, **shared}
+        return Measurement(
+            "lm-eval", task, settings, lambda model, _: harness.measure(model, tokenizer, task), summarise
+        )
+
+    return [plan(task) for task in options.lm_eval]
 
 
 def _result(
@@ -346,8 +466,12 @@ def _result(
         "needle": parts["needle"].get(""),
         "kl": parts["kl"].get(""),
         "generation": parts["generation"].get(""),
+        "recall": parts["recall"].get(""),
+        "letters": parts["letters"] or None,
+        "attention": parts["attention"].get(""),
+        "lm_eval": {task: part for named in parts["lm-eval"].values() for task, part in named.items()} or None,
         "tokens_seen": {},
-        "notes": _notes(texts, options),
+        "notes": [*_notes(texts, options), *_recall_notes(parts["recall"].get(""))],
         "machine": machine_info(seed),
     }
 
@@ -368,3 +492,10 @@ def _notes(texts: Mapping[str, Tensor], options: "EvaluateOptions") -> list[str]
         for name, text in texts.items()
         if len(text) < options.tokens
     ]
+
+
+def _recall_notes(part: dict[str, Any] | None) -> list[str]:
+    """Of a recall that has one probe less."""
+    if part is None or "associative" in part["probes"]:
+        return []
+    return ["Associative recall was left out: the tokenizer has too few common words that are one token."]

@@ -16,7 +16,16 @@ from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.summary import CONTROL, STATE_OFF, WINDOW_OFF, WINDOW_SINKS
 from linearize.benchmarks.training_log import HeatMap
 
-__all__ = ["COLORS", "available", "plot_cache", "plot_curve", "plot_decode", "plot_heat", "plot_positions"]
+__all__ = [
+    "COLORS",
+    "attention_map",
+    "available",
+    "plot_cache",
+    "plot_curve",
+    "plot_decode",
+    "plot_heat",
+    "plot_positions",
+]
 
 # CSS variable -> the placeholder that matplotlib draws with. No two alike, none used by matplotlib itself.
 COLORS = {
@@ -214,6 +223,54 @@ def plot_heat(name: str, heat: HeatMap) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 4} {bottom + 40}" role="img" id="{name}" '
         f'aria-label="{said}">{"".join(parts)}</svg>'
+    )
+
+
+def attention_map(attention: dict[str, Any], rows: Sequence[str], part: str = "older", name: str = "attention") -> str:
+    """How much attention each head of each layer gives to one part, one panel a row of the comparison, the darker the
+    more, in `SHADES` equal steps from 0 to 1.
+
+    Beside the original's, a student's panel of what is `"older"` than the window shows whether its state is read.
+
+    Args:
+        attention: the part of evaluate.json.
+        rows: those of its rows that are shown, from left to right, two or three on a narrow page.
+        part: `"sinks"`, `"window"` or `"older"`.
+        name: the id of the SVG; several in one page must not share it.
+    """
+    shown = {row: attention["rows"][row]["layers"] for row in rows}
+    layers = sorted({layer["layer"] for found in shown.values() for layer in found})
+    height, top, left, right, gap = 10 if len(layers) < 40 else 7, 18, 26, 440, 10
+    label = "font: 10px var(--sans); fill: var(--ink)"
+    panel, bottom = (right - left - gap * (len(shown) - 1)) / len(shown), top + height * len(layers)
+    cells: list[list[str]] = [[] for _ in range(SHADES)]
+    parts, said = [], []
+    for number, (row, found) in enumerate(shown.items()):
+        begin = left + number * (panel + gap)
+        parts.append(_text(begin, top - 6, html.escape(row), "start", label))
+        for layer in found:
+            wide, y = panel / len(layer[part]), top + height * layers.index(layer["layer"])
+            for head, share in enumerate(layer[part]):
+                shade = min(int(SHADES * share), SHADES - 1)
+                cells[shade].append(f"M{begin + wide * head:.2f} {y}h{wide:.2f}v{height}h-{wide:.2f}z")
+        said.append(f"{row} {attention['rows'][row]['mean'][part]:.2f}")
+    parts += [
+        f'<path style="fill: var(--student); fill-opacity: {_opacity(shade)}" d="{"".join(drawn)}"/>'
+        for shade, drawn in enumerate(cells)
+        if drawn
+    ]
+    for index, layer in list(enumerate(layers))[:: max(1, -(-len(layers) // 12))]:
+        parts.append(_text(left - 5, top + height * index + height - 1, str(layer), "end", label))
+    parts.append(_text(left, bottom + 13, "layers down, heads across", "start", label))
+    parts.append(_text(left, bottom + 34, "0", "start", label))
+    for shade in range(SHADES):
+        style = f"fill: var(--student); fill-opacity: {_opacity(shade)}"
+        parts.append(f'<path style="{style}" d="M{left + 12 + 16 * shade} {bottom + 25}h16v10h-16z"/>')
+    parts.append(_text(left + 18 + 16 * SHADES, bottom + 34, "1", "start", label))
+    title = html.escape(f"Attention on {part}, by layer and head, on the mean: {', '.join(said)}")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 4} {bottom + 40}" role="img" id="{name}" '
+        f'aria-label="{title}">{"".join(parts)}</svg>'
     )
 
 

@@ -256,10 +256,19 @@ class EvaluateOptions(Record):
         needle_lengths: haystack lengths in tokens; an empty list leaves the needle test out.
         needle_depths: where in the haystack the needle is, 0 = start, 1 = end.
         needle_trials: prompts of each length and depth.
-        needle_keys: how many numbers are hidden, one of which is asked for.
+        needle_keys: how many values are hidden, one of which is asked for; each of the list has its own prompts.
         needle_digits: digits of a number.
+        needle_kind: `"digits"`: values are numbers. `"words"`: common words, one token each. Or both.
+        recall_lengths: tokens of a prompt that asks for pairs of words, tokens or a copy said before; an empty list
+            leaves these probes out. What is asked for has left a window of an eighth of a length.
         kl_tokens: how many tokens KL(original || row) is measured on, in sequences of the first context; 0 leaves it
             out.
+        attention: also measure how much attention goes to sinks, window and all that is older, by layer and head.
+        letters: how many questions of each task of three or more choices are asked by letter as well, in every cyclic
+            order of their choices; 0 leaves it out.
+        lm_eval: tasks of lm-evaluation-harness, which is an extra: pip install 'linearize[eval]'.
+        lm_eval_tasks: a folder of task files of one's own.
+        lm_eval_limit: how many questions of each are asked, the first ones; `None` asks all.
         answers: how many prompts are answered greedily; 0 leaves generation out.
         answer_tokens: tokens of the longest answer.
         prompts: a jsonl file of chats (the first user's turn is asked) or prompts; `None` takes neutral questions.
@@ -275,9 +284,16 @@ class EvaluateOptions(Record):
     needle_lengths: tuple[int, ...] = option((256, 512, 1024), least=64)
     needle_depths: tuple[float, ...] = option((0.1, 0.5, 0.9), least=0, most=1)
     needle_trials: int = option(1, least=1)
-    needle_keys: int = option(1, least=1)
+    needle_keys: tuple[int, ...] = option((1,), least=1)
     needle_digits: int = option(5, least=2, most=9)
+    needle_kind: tuple[Literal["digits", "words"], ...] = ("digits",)
+    recall_lengths: tuple[int, ...] = option((512,), least=64)
     kl_tokens: int = option(2048, least=0)
+    attention: bool = False
+    letters: int = option(0, least=0)
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_tasks: str | None = None
+    lm_eval_limit: int | None = option(None, least=1)
     answers: int = option(8, least=0)
     answer_tokens: int = option(64, least=1)
     prompts: str | None = None
@@ -291,6 +307,12 @@ class EvaluateOptions(Record):
         if self.tokens < max(self.contexts):
             limit = max(self.contexts)
             raise RecipeError("tokens", f"{self.tokens} is less than one sequence of {limit}; lower contexts")
+        for name in ("needle_keys", "needle_kind"):
+            if not getattr(self, name):
+                raise RecipeError(name, "the list is empty; to leave the needle test out, empty needle_lengths")
+        for name in ("lm_eval_tasks", "lm_eval_limit"):
+            if getattr(self, name) is not None and not self.lm_eval:
+                raise RecipeError(name, f"{getattr(self, name)!r} without a task in lm_eval; name one, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What one converted layer saw in a forward pass of the original: the material of attention transfer.
+    """What one converted layer saw in a forward pass: of the original, the material of attention transfer.
 
     q: (B, H, T, D), k: (B, K, T, D), after norms and rotary embedding; v: (B, K, T, V); mask: (B, T) bool, true for
     real tokens, or None where all are; documents: where several documents lie in a row, or None.
@@ -41,8 +41,9 @@ class Switch:
     Attributes:
         converted: False runs the original attention instead.
         far_share: None is the learned mix; 0.0 never reads the state; 1.0 reads nothing else where there is one.
-        observer: called with an `Observation` by each layer while `converted` is False. One that has computed the
+        observer: called with an `Observation` by each layer. While `converted` is False, one that has computed the
             original's attention returns it, (B, H, T, V), before the output projection: a layer does not do it twice.
+            Of a converted layer it sees q and k as the near side has them, and what it returns is not used.
         windows: for some layers, another window than the config's; 0 reads nothing but the state where there is one.
             For training without a cache, whose layout depends on the config's window.
         few_rows: False leaves the projections of few rows on a CPU to PyTorch; see `linearize.projections`.
@@ -194,6 +195,8 @@ class ConvertedAttention(nn.Module):
         # Under autocast the rotary embedding widens what the projections narrowed.
         q, k = q.to(v.dtype), k.to(v.dtype)
         with full_precision(q):
+            if self.switch.observer is not None:
+                self.switch.observer(Observation(self, q, k, v, near_far_mask, near_far_documents))
             logit = self.mix_logit(q)
             if self.mixer is not None and not self.mixer.rotary:
                 q, k = (torch.cat([x, y.to(x.dtype)], dim=-1) for x, y in zip((q, k), plain, strict=True))

@@ -259,16 +259,37 @@ def evaluate(
     needle: Annotated[str, typer.Option(help="Haystack lengths in tokens, or none.")] = "256,512,1k",
     needle_depths: Annotated[str, typer.Option(help="Where in the haystack, 0 = start, 1 = end.")] = "0.1,0.5,0.9",
     needle_trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 1,
-    needle_keys: Annotated[int, typer.Option(help="How many numbers are hidden; one is asked for.")] = 1,
+    needle_keys: Annotated[str, typer.Option(help="How many values are hidden, of which one is asked for: 1,4.")] = "1",
     needle_digits: Annotated[int, typer.Option(help="Digits of a number.")] = 5,
+    needle_kind: Annotated[str, typer.Option(help="What is hidden, digits or words or both.")] = "digits",
+    recall_lengths: Annotated[
+        str, typer.Option(help="Tokens of prompts that ask for pairs and copies said before, or none.")
+    ] = "512",
     kl_tokens: Annotated[int, typer.Option(help="Tokens that the distance from the original is measured on.")] = 2048,
     answers: Annotated[int, typer.Option(help="Prompts that are answered; 0 leaves generation out.")] = 8,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
+    letters: Annotated[
+        int, typer.Option(help="Questions of each task asked by letter, in every order of choices; 0 leaves it out.")
+    ] = 0,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Where attention goes, by layer and head: sinks, window, older.")
+    ] = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa.")
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files of your own for it, in YAML.")
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="How many questions of each are asked.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="What is asked: jsonl of chats or prompts; neutral questions if left out.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Among perplexity, choices, needle, kl, generation; the rest as measured before.")
+        str | None,
+        typer.Option(
+            help="Among perplexity, choices, needle, kl, generation, recall, letters, attention, lm-eval; the rest as "
+            "measured before."
+        ),
     ] = None,
     rows: Annotated[
         list[str] | None, typer.Option(metavar="ROW", help="A row beside the original; many times; all if left out.")
@@ -298,6 +319,9 @@ def evaluate(
     """
     from linearize.distill.options import EvaluateOptions
 
+    def names(text: str) -> Any:
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+
     depths: Any = needle_depths.split(",")
     options = EvaluateOptions(
         text=tuple(text or ()),
@@ -308,8 +332,15 @@ def evaluate(
         needle_lengths=() if needle == "none" else parse_tokens(needle, "needle"),
         needle_depths=depths,
         needle_trials=needle_trials,
-        needle_keys=needle_keys,
+        needle_keys=parse_tokens(needle_keys, "needle-keys"),
         needle_digits=needle_digits,
+        needle_kind=names(needle_kind),
+        recall_lengths=() if recall_lengths == "none" else parse_tokens(recall_lengths, "recall-lengths"),
+        attention=attention,
+        letters=letters,
+        lm_eval=names(lm_eval or ""),
+        lm_eval_tasks=None if lm_eval_tasks is None else str(lm_eval_tasks),
+        lm_eval_limit=lm_eval_limit,
         kl_tokens=kl_tokens,
         answers=answers,
         answer_tokens=answer_tokens,

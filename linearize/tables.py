@@ -109,8 +109,117 @@ def print_evaluation(result: dict[str, Any]) -> None:
         part = result["perplexity"]
         title = f"{part['n_tokens']} scored tokens, {part['n_sequences']} x {part['seq_len']}" if part else "evaluation"
         print_table(title, ["row", *columns], rows)
+    # A result of an older version has no such keys.
+    for key, show in (
+        ("needle", _print_needle),
+        ("recall", _print_recall),
+        ("letters", _print_letters),
+        ("attention", _print_attention),
+        ("lm_eval", _print_harness),
+    ):
+        if result.get(key):
+            show(result[key], result["baseline"])
     for line in result["notes"]:
         print(line)
+
+
+def _print_needle(part: dict[str, Any], baseline: str) -> None:
+    """By kind and number of keys, where several were hidden."""
+    sorts = list(dict.fromkeys((c.get("kind", "digits"), c.get("keys", 1)) for c in part["rows"][baseline]["cells"]))
+    if len(sorts) < 2:
+        return
+
+    def share(row: str, sort: tuple[str, int], score: str) -> str:
+        cells = [cell for cell in part["rows"][row]["cells"] if (cell["kind"], cell["keys"]) == sort]
+        return _percent(sum(cell[score] * cell["trials"] for cell in cells) / sum(cell["trials"] for cell in cells))
+
+    heads = [f"{kind}, {keys} {'key' if keys == 1 else 'keys'}" for kind, keys in sorts]
+    rows = [[row, *(f"{share(row, s, 'greedy')} / {share(row, s, 'first')}" for s in sorts)] for row in part["rows"]]
+    print_table("needle: written / ranked first of ten", ["row", *heads], rows)
+
+
+def _print_recall(part: dict[str, Any], baseline: str) -> None:
+    """One table a probe: how often the answer is the likeliest of its candidates, and of the whole vocabulary."""
+    for probe, found in part["probes"].items():
+        cells = found["rows"][baseline]["cells"]
+        heads = [f"at {human_tokens(c['length'])}" + (f", {c['pairs']} pairs" if c["pairs"] else "") for c in cells]
+        minus = {one["row"]: one for one in found["comparisons"] if one["against"] == baseline}
+        rows = [
+            [
+                name,
+                _percent(row["first"]),
+                _percents(row["first_ci95"]),
+                _signed(minus.get(name), "first_difference", "first_ci95"),
+                _percent(row["greedy"]),
+                *(_percent(cell["first"]) for cell in row["cells"]),
+            ]
+            for name, row in found["rows"].items()
+        ]
+        chance = [
+            "guessing",
+            _percent(found["chance_first"]),
+            "",
+            "",
+            "",
+            *(_percent(c["chance_first"]) for c in cells),
+        ]
+        title = f"recall, {probe}: {found['n_answers']} answers in {found['n_prompts']} prompts"
+        columns = ["row", "first", "95 % interval", f"minus {baseline}", "greedy", *heads]
+        print_table(title, columns, rows, chance)
+
+
+def _print_letters(part: dict[str, Any], baseline: str) -> None:
+    """One table a task."""
+    for task, found in part.items():
+        minus = {one["row"]: one for one in found["comparisons"] if one["against"] == baseline}
+        rows = [
+            [
+                name,
+                _percent(row["accuracy"]),
+                _percents(row["ci95"]),
+                _signed(minus.get(name), "accuracy_difference", "ci95"),
+                _percent(row["consistency"]),
+                *map(_percent, row["letters"]),
+            ]
+            for name, row in found["rows"].items()
+        ]
+        right = ["guessing; right", _percent(found["chance"]), "", "", _percent(found["chance_consistency"])]
+        title = f"{task} by letter: {found['n_items']} questions in every cyclic order"
+        columns = ["row", "right", "95 % interval", f"minus {baseline}", "same in all orders", *found["letters"]]
+        print_table(title, columns, rows, [*right, *map(_percent, found["true"])])
+
+
+def _print_attention(part: dict[str, Any], baseline: str) -> None:
+    """Means over layers and heads, and heads that bypass the state."""
+    rows = []
+    for name, row in part["rows"].items():
+        bypassed = row["bypassed"]
+        share = "-" if bypassed is None or name == baseline else f"{bypassed['heads']} of {bypassed['of']}"
+        rows.append([name, *(_percent(row["mean"][key]) for key in ("sinks", "window", "older")), share])
+    title = f"attention at {human_tokens(part['seq_len'])} tokens, mean of converted layers and heads"
+    if rows:
+        print_table(title, ["row", "sinks", "window", "older", "heads that bypass the state"], rows)
+    for name, reason in part["not_measured"].items():
+        print(f"attention of {name}: not measured; {reason}")
+
+
+def _print_harness(part: dict[str, Any], baseline: str) -> None:
+    """One line a row and metric, and what is kept above guessing where that is known."""
+    for task, found in part.items():
+        rows = [
+            [
+                name,
+                metric,
+                _decimals(one["value"]),
+                _decimals(one["stderr"]),
+                "-" if one["retention_over_chance"] is None else _kept(one["retention_over_chance"]),
+            ]
+            for name, row in found["rows"].items()
+            for metric, one in row.items()
+        ]
+        questions = "" if found["n_samples"] is None else f", {found['n_samples']} questions"
+        columns = ["row", "metric", "value", "standard error", f"kept of {baseline} above guessing"]
+        print_table(f"lm-eval: {task}{questions}", columns, rows)
 
 
 def _evaluation_columns(result: dict[str, Any]) -> tuple[list[str], list[Callable[[str], str]]]:
@@ -251,6 +360,27 @@ def _crossover(found: dict[str, Any]) -> str:
         "never": f"slower than the original at every measured context, up to {measured}",
         "mixed": "faster at some contexts and slower at others: the measurement is too noisy for a crossover",
     }[found["kind"]]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _percents(ends: list[float] | None) -> str:
+    return "-" if ends is None else f"{100 * ends[0]:.0f} to {100 * ends[1]:.0f} %"
+
+
+def _signed(comparison: dict[str, Any] | None, key: str, interval: str) -> str:
+    """A difference of shares, in points."""
+    if comparison is None:
+        return ""
+    ends = comparison[interval]
+    span = "" if ends is None else f" ({100 * ends[0]:+.0f} to {100 * ends[1]:+.0f})"
+    return f"{100 * comparison[key]:+.0f}{span}"
+
+
+def _kept(kept: dict[str, Any]) -> str:
+    return "-" if kept["value"] is None else f"{_percent(kept['value'])} ({_percents(kept['ci95'])})"
 
 
 def _number(value: float | None) -> str:

@@ -110,7 +110,9 @@ def evaluate_model(
         found = {row: enter for row, enter in found.items() if row in rows or row == BASELINE}
     identities = row_identities(found, model, below, name, run_folder(name), also)
     kept = Work(out.with_suffix(".work") if work is None else work, identities)
-    result = evaluate_rows(found, tokenizer, texts, options, seed, kept, MEASUREMENTS if only is None else only)
+    conversion = base_model(model).config.linearize
+    measured = MEASUREMENTS if only is None else only
+    result = evaluate_rows(found, tokenizer, texts, options, seed, kept, measured, conversion)
     result["tokens_seen"] = tokens_seen(found, run_folder(name), also)
     result["notes"].append(_near_side(model))
     write_json(out, result)
@@ -257,7 +259,11 @@ def evaluation_texts(
     """
     from linearize.benchmarks.items import named_path
 
-    limit = max(options.tokens, HAYSTACKS * max(options.needle_lengths, default=0))
+    limit = max(
+        options.tokens,
+        HAYSTACKS * max(options.needle_lengths, default=0),
+        2 * max(options.recall_lengths, default=0),
+    )
     if not options.text:
         from linearize.distill.data import build_stream
 

@@ -52,7 +52,8 @@ def fabricate_evaluation(
     grid = [(length, depth) for length in (256, 512, 1024) for depth in (0.1, 0.5, 0.9)]
     needles = {
         row: [
-            {"length": length, "depth": depth, "greedy": n < count, "rank": 1 if n < count else 5, "text": ""}
+            {"length": length, "depth": depth, "keys": 1, "kind": "digits"}
+            | {"greedy": n < count, "rank": 1 if n < count else 5, "text": ""}
             for n, (length, depth) in enumerate(grid)
         ]
         for row, count in (found or {}).items()

@@ -39,6 +39,7 @@ def make_options(**changes) -> EvaluateOptions:
     return EvaluateOptions(
         **(
             {"tokens": 400, "contexts": (100,), "needle_lengths": (150,), "needle_depths": (0.5,), "answer_tokens": 8}
+            | {"recall_lengths": ()}
             | changes
         )
     )
@@ -155,7 +156,14 @@ def write_tasks(folder) -> tuple[str, ...]:
 def test_texts_contexts_and_tasks_side_by_side(tmp_path):
     rows = comparison_rows(convert(make_model(), LinearizeConfig(window=8, sinks=2)))
     texts = {"a": TEXTS["fox"], "b": TEXTS["fox"].flip(0)}
-    options = make_options(contexts=(50, 100), choices=write_tasks(tmp_path), kl_tokens=200, answers=2)
+    options = make_options(
+        contexts=(50, 100),
+        choices=write_tasks(tmp_path),
+        kl_tokens=200,
+        answers=2,
+        recall_lengths=(100,),
+        attention=True,
+    )
     result = evaluate_rows(rows, tiny_tokenizer(), texts, options)
     assert {name: list(found) for name, found in result["texts"].items()} == {"a": ["50", "100"], "b": ["50", "100"]}
     assert result["perplexity"] == result["texts"]["a"]["50"]
@@ -170,8 +178,10 @@ def test_texts_contexts_and_tasks_side_by_side(tmp_path):
     assert all(row["kl"] > 1e-3 for row in kl["rows"].values())
     assert result["generation"]["n_prompts"] == 2
     titles = ["perplexity a", "perplexity b", "choices arc", "choices winogrande", "choices lambada", "needle"]
-    assert list(result["seconds_by_measurement"]["original"]) == [*titles, "generation"]
-    assert list(result["seconds_by_measurement"]["student"]) == [*titles, "kl", "generation"]
+    assert list(result["seconds_by_measurement"]["original"]) == [*titles, "generation", "recall", "attention"]
+    assert list(result["seconds_by_measurement"]["student"]) == [*titles, "kl", "generation", "recall", "attention"]
+    assert (result["attention"]["text"], result["attention"]["seq_len"]) == ("a", 50)
+    assert (result["letters"], result["lm_eval"]) == (None, None)
     print_evaluation(result)
 
 
@@ -181,7 +191,9 @@ class Killed(Exception):
 
 def test_a_stopped_evaluation_goes_on_and_measures_nothing_twice(tmp_path):
     model = convert(make_model(), LinearizeConfig(window=8, sinks=2))
-    options = make_options(choices=write_tasks(tmp_path), kl_tokens=100, answers=2)
+    options = make_options(
+        choices=write_tasks(tmp_path), kl_tokens=100, answers=2, recall_lengths=(100,), attention=True
+    )
     entered = []
 
     def counted(dies: str = ""):

@@ -39,6 +39,7 @@ def write(place: Path, **changes) -> Path:
             "tokens": 128,
             "contexts": [64],
             "needle_lengths": [],
+            "recall_lengths": [],
             "kl_tokens": 128,
             "answers": 0,
         },

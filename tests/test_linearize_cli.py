@@ -220,6 +220,7 @@ class TestConvert:
 
 class TestEvaluate:
     ARGUMENTS = ("--tokens", "256", "--contexts", "64", "--needle", "128", "--answer-tokens", "8", "--dtype", "float32")
+    ARGUMENTS += ("--recall-lengths", "none")
 
     def evaluate(self, model: Path, text: Path, out: Path, *more: object) -> dict:
         result = call("evaluate", model, "--text", text, "--out", out, *self.ARGUMENTS, *more)
@@ -306,6 +307,28 @@ class TestEvaluate:
     def test_more_rows_are_checked(self, adapter: Path, model: Path, text: Path, given: str, message: str):
         result = call("evaluate", adapter, "--text", text, "--also", given.format(model=model), *self.ARGUMENTS)
         assert message in error_line(result)
+
+    def test_recall_needles_of_several_keys_and_attention(self, adapter: Path, text: Path, tmp_path: Path):
+        more = (
+            "--needle",
+            "220",
+            "--needle-keys",
+            "1,2",
+            "--recall-lengths",
+            "128",
+            "--attention",
+            "--only",
+            "needle,recall,attention",
+        )
+        words = ("--text", text, "--out", tmp_path / "e.json", *self.ARGUMENTS[:-2], *more)
+        result = call("evaluate", adapter, *words)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "e.json").read_text())
+        assert {cell["keys"] for cell in found["needle"]["rows"]["student"]["cells"]} == {1, 2}
+        assert set(found["recall"]["probes"]) >= {"copy", "induction"}
+        assert found["attention"]["rows"]["student, state off"]["mean"]["older"] == 0.0
+        for title in ("needle: written / ranked first", "recall, copy", "attention at 64 tokens"):
+            assert title in result.stdout
 
     def test_choices_and_default_text(self, model: Path, tmp_path: Path):
         items = tmp_path / "items.jsonl"
@@ -409,6 +432,7 @@ def run(model: Path, tmp_path: Path) -> Path:
 
 class TestWhereResultsGo:
     EVALUATE = ("--tokens", "128", "--contexts", "64", "--needle", "none", "--answers", "0", "--dtype", "float32")
+    EVALUATE += ("--recall-lengths", "none")
     BENCH = ("--contexts", "16", *TestBench.BENCH)
 
     def test_a_runs_student_into_the_run_with_its_report(self, run: Path, text: Path, tmp_path: Path, monkeypatch):
@@ -523,6 +547,15 @@ class TestBadInputs:
             (["evaluate", "MODEL", "--choices", "nowhere.jsonl"], "choices: 'nowhere.jsonl' is not a file"),
             (["evaluate", "MODEL", "--tokens", "10"], "tokens: 10 is less than one sequence of 1024"),
             (["evaluate", "MODEL", "--needle", "3"], "needle_lengths[0]: 3 is out of range"),
+            (["evaluate", "MODEL", "--needle-keys", "one"], "needle-keys: 'one' is not a number"),
+            (["evaluate", "MODEL", "--needle-kind", "digit"], "needle_kind[0]: 'digit' is unknown, did you mean"),
+            (["evaluate", "MODEL", "--needle-kind", ","], "needle_kind: the list is empty"),
+            (["evaluate", "MODEL", "--recall-lengths", "32"], "recall_lengths[0]: 32 is out of range"),
+            (
+                ["evaluate", "MODEL", "--letters", "4"],
+                "letters: 4 questions are asked by letter, and no file of choices",
+            ),
+            (["evaluate", "MODEL", "--lm-eval-limit", "4"], "lm_eval_limit: 4 without a task in lm_eval"),
             (["evaluate", "MODEL", "--base", "MODEL"], "is a complete model and takes no base; leave --base out"),
             (["evaluate", "MODEL", "--device", "abacus"], "device: 'abacus' is not a device"),
             (["bench", "decode", "MODEL", "--contexts", ""], "contexts: '' is not a number of tokens >= 1"),

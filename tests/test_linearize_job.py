@@ -41,6 +41,7 @@ def place(tmp_path_factory) -> Path:
         "stages": [{"transfer": stage}, {"distill": stage | {"lora_rank": 2}}],
         "evaluate": {
             **{"tokens": 256, "contexts": [64], "needle_lengths": [100], "needle_depths": [0.5]},
+            **{"recall_lengths": [100]},
             **{"kl_tokens": 64, "answers": 1, "answer_tokens": 4, "window": True},
         },
         "bench": {"contexts": [16], "decode_tokens": 2, "repeats": 1, "modes": ["dynamic", "static"]},
