@@ -12,6 +12,7 @@ __all__ = ["SHADES", "Grid", "plot_heat"]
 SHADES = 10
 LEFT, RIGHT = 26.0, 440.0  # of the cells, in units of about a pixel; labels of rows stand left of them
 CHAR = 6.4  # width of a character
+LABEL_CHARS = 22  # longer labels of rows are cut; the table below a figure has them whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def plot_heat(name: str, title: str, grid: Grid) -> str:
     low = grid.low if grid.low is not None else min(known, default=0.0)
     high = grid.high if grid.high is not None else max(known, default=1.0)
     columns = max(map(len, grid.values), default=1)
-    left = LEFT + CHAR * max(0, max(map(len, grid.rows), default=0) - 4)
+    labels = [text if len(text) <= LABEL_CHARS else f"{text[: LABEL_CHARS - 1]}…" for text in grid.rows]
+    left = LEFT + CHAR * max(0, max(map(len, labels), default=0) - 4)
     wide = (RIGHT - left) / columns
     told = wide >= CHAR * max((len(number(value)) for value in known), default=0) + 4
     tall = 22 if told else 14 if len(grid.rows) <= 16 else 10 if len(grid.rows) < 40 else 7
@@ -75,7 +77,7 @@ def plot_heat(name: str, title: str, grid: Grid) -> str:
     ]
     bottom = top + tall * len(grid.rows)
     every = max(1, -(-len(grid.rows) // 12)) if tall < 12 else 1
-    for index, text in list(enumerate(grid.rows))[::every]:
+    for index, text in list(enumerate(labels))[::every]:
         parts.append(_text(left - 5, top + tall * index + tall / 2 + 4, text, "end", label))
     parts += _column_labels(grid, left, wide, columns, bottom, label)
     if grid.groups:

@@ -53,6 +53,10 @@ class TestHeat:
         assert {"<b>", "512", "1024", "a & b"} <= set(page.words)
         assert page.words.count("90 %") == 2
 
+    def test_long_names_of_rows_are_cut(self):
+        page = Page(plot_heat("h", "t", Grid(["a" * 60], ["x", "y"], [[0.0, 1.0]])))
+        assert "a" * 21 + "…" in page.words
+
     @pytest.mark.parametrize("values", [[[1.0]], [[None, None]], [[2.0, 2.0]]])
     def test_one_value_or_none(self, values):
         svg = plot_heat("h", "t", Grid(["a"], ["x", "y"], values, logarithmic=values[0][0] is not None))
