@@ -14,7 +14,7 @@ from linearize.benchmarks.report_format import counted, span
 from linearize.benchmarks.summary import CONTROL, difference, number, percent, size
 from linearize.benchmarks.verdicts import of_counts, of_interval, of_ranges
 
-__all__ = ["Claim", "batch_of", "headline", "one_line", "texts_of"]
+__all__ = ["Claim", "headline", "one_line", "prefills", "texts_of"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,12 @@ class Claim:
 
 
 def headline(quality: dict[str, Any] | None, speed: dict[str, Any] | None) -> list[Claim]:
-    """All claims, speed first. Either result may be missing, which is a claim too."""
+    """All claims, speed first. Either result may be missing, which is a claim too.
+
+    Args:
+        quality: an evaluate.json.
+        speed: a bench.json, as `linearize.benchmarks.bench_schema` gives it.
+    """
     return [*_speed(speed), *_quality(quality)]
 
 
@@ -48,11 +53,6 @@ def one_line(found: Sequence[Claim]) -> str:
     """The claims as one sentence; empty without any."""
     line = "; ".join(claim.brief for claim in found if claim.brief)
     return f"{line[0].upper()}{line[1:]}." if line else ""
-
-
-def batch_of(record: dict[str, Any], result: dict[str, Any]) -> int:
-    """The batch of a cell or comparison of a bench.json; in older files all have the same."""
-    return int(record.get("batch", result.get("batch", 1)))
 
 
 def texts_of(quality: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -76,63 +76,53 @@ def _speed(speed: dict[str, Any] | None) -> list[Claim]:
     if speed is None:
         text = "There is no bench.json in this folder; `linearize bench decode` writes it."
         return [Claim("Speed and memory", "missing", text, brief="speed and memory: not measured")]
-    if not any(cell["row"] == STUDENT for cell in speed["cells"]):
-        text = "No student was timed."
+    if not any(pair["row"] == STUDENT for pair in speed["comparisons"]):
+        text = "No student was timed beside the original."
         return [Claim("Speed and memory", "missing", text, brief="speed and memory: not measured")]
-    return [*_decoding(speed), *_prefill(speed), *_memory(speed)]
-
-
-def _cell(record: dict[str, Any], speed: dict[str, Any]) -> tuple[int, int]:
-    """Context and batch of a cell or comparison."""
-    return record["context"], batch_of(record, speed)
+    return [*_decoding(speed), *_prefill(speed), _memory(speed)]
 
 
 def _place(record: dict[str, Any], speed: dict[str, Any]) -> str:
     """Where a cell was measured; the batch is said only where there are several."""
-    batches = {batch_of(cell, speed) for cell in speed["cells"]}
-    batch = f", batch {batch_of(record, speed)}" if len(batches) > 1 else ""
+    batch = f", batch {record['batch']}" if len(speed["batches"]) > 1 else ""
     return f"{record['context']} tokens{batch}"
 
 
 def _decoding(speed: dict[str, Any]) -> list[Claim]:
     """The best and the worst of all contexts and batches."""
-    pairs = sorted(
-        (pair for pair in speed["comparisons"] if pair["row"] == STUDENT), key=lambda pair: pair["speedup"]["p50"]
-    )
-    if not pairs:
-        return [Claim("Decoding", "missing", "No pair of cells could be compared.", brief="decoding: not measured")]
-    chosen = [(pairs[-1], f"best of {len(pairs)}"), (pairs[0], f"worst of {len(pairs)}")] if len(pairs) > 1 else []
-    found = []
-    for pair, rank in chosen or [(pairs[0], "")]:
+    pairs = [pair for pair in speed["comparisons"] if pair["row"] == STUDENT]
+    pairs.sort(key=lambda pair: pair["speedup"]["p50"])
+    count = len(pairs)
+    chosen = [(pairs[0], "")] if count == 1 else [(pairs[-1], f"best of {count}"), (pairs[0], f"worst of {count}")]
+    found: list[Claim] = []
+    for pair, rank in chosen:
         place, ratio = _place(pair, speed), pair["speedup"]
-        repeats = next(
-            cell["repeats"]
-            for cell in speed["cells"]
-            if (cell["row"], cell["context"], batch_of(cell, speed))
-            == (STUDENT, pair["context"], batch_of(pair, speed))
-        )
-        spread = f"{span((ratio['min'], ratio['max']), _decimals)} in {repeats} repeats"
-        if repeats == 1:
-            spread = "one repeat, no spread"
-        tone = {"faster": "good", "slower": "bad"}.get(pair["verdict"], "open")
-        basis = f"{rank} measured; batch {batch_of(pair, speed)}" if rank else f"batch {batch_of(pair, speed)}"
-        basis += f", {_on(speed)}; against the original under its better cache ({pair['baseline_cache']})"
+        (cell,) = [cell for cell in speed["cells"] if cell["row"] == STUDENT and _key(cell) == _key(pair)]
+        once = cell["repeats"] == 1
+        spread = f"{span(ratio['ci95'] or (ratio['min'], ratio['max']), _decimals)} in {cell['repeats']} repeats"
+        tone = {"faster": "good", "slower": "bad"}.get(pair["verdict"], "unclear" if once else "open")
+        basis = f"{rank} measured; batch {pair['batch']}" if rank else f"batch {pair['batch']}"
+        basis += f", {_on(speed)}; each in its better mode: {pair['mode']}, the original {pair['baseline_mode']}."
+        brief = _times(ratio["p50"]) if found else f"decodes {_times(ratio['p50'])} as fast"
+        brief += f" at {place}" + (" (no difference measured)" if tone == "open" else "")
         found.append(
             Claim(
                 topic=f"Decoding at {place}",
                 tone=tone,
                 value=_times(ratio["p50"]),
-                text=f"as fast as the original ({spread})",
-                basis=basis[0].upper() + basis[1:] + ".",
-                brief=(f"decodes {_times(ratio['p50'])} as fast" if not found else _times(ratio["p50"]))
-                + f" at {place}"
-                + (" (no difference measured)" if tone == "open" else ""),
+                text=f"as fast as the original ({'one repeat, no spread' if once else spread})",
+                basis=basis[0].upper() + basis[1:],
+                brief=brief,
             )
         )
     first, *others = found
     # The worst shares the clause of the best: neither is quoted without the other.
     joined = ", ".join(claim.brief for claim in found)
     return [replace(first, brief=joined), *(replace(claim, brief="") for claim in others)]
+
+
+def _key(record: dict[str, Any]) -> tuple[int, int, str]:
+    return record["context"], record["batch"], record["mode"]
 
 
 def _on(speed: dict[str, Any]) -> str:
@@ -145,54 +135,65 @@ def _on(speed: dict[str, Any]) -> str:
     return f"{dtypes} on {speed['device']} ({name})"
 
 
-def _longest(speed: dict[str, Any], row: str) -> list[dict[str, Any]]:
-    """A row's cells at the longest context, and of those the ones of the smallest batch."""
-    context = max(speed["contexts"])
-    cells = [cell for cell in speed["cells"] if (cell["row"], cell["context"]) == (row, context)]
-    smallest = min((batch_of(cell, speed) for cell in cells), default=1)
-    return [cell for cell in cells if batch_of(cell, speed) == smallest]
+def prefills(speed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every prefill that was timed, `{"row", "mode", "context", "batch", "repeats", "ms"}`: those of the lengths asked
+    for, whose mode is empty, and elsewhere those of the cells that read the whole context."""
+    asked = [{**found, "context": found["length"], "mode": ""} for found in speed["prefill"]]
+    known = {(found["row"], found["context"], found["batch"]) for found in asked}
+    return asked + [
+        {**cell, "ms": cell["prefill_ms"]}
+        for cell in speed["cells"]
+        if cell["prefill_ms"] is not None and (cell["row"], cell["context"], cell["batch"]) not in known
+    ]
 
 
 def _prefill(speed: dict[str, Any]) -> list[Claim]:
-    """At the longest context, against the original's faster cache."""
-    ours, theirs = _longest(speed, STUDENT), _longest(speed, BASELINE)
-    if not ours or not theirs:
+    """The longest that both have read, at its smallest batch, each in its faster mode."""
+    best: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for found in prefills(speed):
+        own = best.setdefault((found["context"], -found["batch"]), {})
+        own[found["row"]] = min(own.get(found["row"], found), found, key=lambda one: one["ms"]["p50"])
+    both = [place for place, rows in best.items() if {STUDENT, BASELINE} <= rows.keys()]
+    if not both:
         return []
-    own = ours[0]["prefill_ms"]
-    other = min((cell["prefill_ms"] for cell in theirs), key=lambda times: times["p50"])
-    ratio = other["p50"] / own["p50"]
-    verdict = of_ranges((own["min"], own["max"]), (other["min"], other["max"]))
-    text = f"as fast as the original: {number(own['p50'])} ms against {number(other['p50'])} ms"
+    ours, theirs = (best[max(both)][row] for row in (STUDENT, BASELINE))
+    own, other = ours["ms"], theirs["ms"]
+    once = ours["repeats"] == 1
     return [
         Claim(
-            topic=f"Prefill of {_place(ours[0], speed)}",
-            tone=verdict,
-            value=_times(ratio),
-            text=text,
-            basis=f"The longest context measured; batch {batch_of(ours[0], speed)}, {_on(speed)}.",
+            topic=f"Prefill of {_place(ours, speed)}",
+            tone="unclear" if once else of_ranges((own["min"], own["max"]), (other["min"], other["max"])),
+            value=_times(other["p50"] / own["p50"]),
+            text=f"as fast as the original: {number(own['p50'])} ms against {number(other['p50'])} ms"
+            + (" (one repeat, no spread)" if once else ""),
+            basis=f"The longest measured; batch {ours['batch']}, {_on(speed)}.",
         )
     ]
 
 
-def _memory(speed: dict[str, Any]) -> list[Claim]:
-    """Cache bytes at the longest context, against DynamicCache, which holds no spare room."""
-    ours = next(iter(_longest(speed, STUDENT)), None)
-    theirs = next((cell for cell in _longest(speed, BASELINE) if cell["cache"] == "dynamic"), None)
-    if ours is None or theirs is None:
-        return []
-    held, other = ours["cache_bytes"]["total"], theirs["cache_bytes"]["total"]
-    place = _place(ours, speed)
-    share = f"{100 * held / other:.2g} %" if held < other else percent(held / other)
-    return [
-        Claim(
-            topic=f"Cache at {place}",
-            tone="good" if held < other else "bad" if held > other else "open",
-            value=share,
-            text=f"of the original's bytes: {size(held)} against {size(other)}",
-            basis=f"Batch {batch_of(ours, speed)}; keys, values and states, without the model's weights.",
-            brief=f"holds {share} of the cache at {place}",
-        )
-    ]
+def _memory(speed: dict[str, Any]) -> Claim:
+    """Cache bytes at the longest context, at its smallest batch, each in the mode that holds least: without the spare
+    room of a preallocated cache."""
+    context = max(pair["context"] for pair in speed["comparisons"])
+    batch = min(pair["batch"] for pair in speed["comparisons"] if pair["context"] == context)
+    held: dict[str, int] = {}
+    for cell in speed["cells"]:
+        if (cell["context"], cell["batch"]) == (context, batch):
+            total = cell["cache_bytes"]["total"]
+            held[cell["row"]] = min(held.get(cell["row"], total), total)
+    ours, theirs = held[STUDENT], held[BASELINE]
+    place = _place({"context": context, "batch": batch}, speed)
+    share = f"{100 * ours / theirs:.2g} %" if ours < theirs else percent(ours / theirs)
+    weights = {cell["row"]: cell["weight_bytes"] for cell in speed["cells"]}.get(STUDENT)
+    beside = f"; the student's are {size(weights)}" if weights else ""
+    return Claim(
+        topic=f"Cache at {place}",
+        tone="good" if ours < theirs else "bad" if ours > theirs else "open",
+        value=share,
+        text=f"of the original's bytes: {size(ours)} against {size(theirs)}",
+        basis=f"Batch {batch}; keys, values and states, without the model's weights{beside}.",
+        brief=f"holds {share} of the cache at {place}",
+    )
 
 
 def _quality(quality: dict[str, Any] | None) -> list[Claim]:
@@ -285,13 +286,13 @@ def _needle(quality: dict[str, Any]) -> Claim:
         counts[row] = sum(round(cell["greedy"] * cell["trials"]) for cell in cells)
     ours, theirs = counts[STUDENT], counts[BASELINE]
     topic = f"Needles at {length} tokens"
-    basis = f"Numbers said once in a long text and written again by greedy decoding; {trials} prompts."
+    basis = f"Values said once in a long text and written again by greedy decoding; {trials} prompts."
     if not theirs:
-        text = f"numbers written, and {theirs} by the original, so this cannot tell."
+        text = f"written, and {theirs} by the original, so this cannot tell."
         brief = f"needles at {length} tokens: cannot tell"
         return Claim(topic, "unclear", text, value=f"{ours} of {trials}", basis=basis, brief=brief)
     verdict = of_counts(ours, theirs, trials)
-    text = f"numbers written, {percent(ours / theirs)} of the original's {theirs}"
+    text = f"written, {percent(ours / theirs)} of the original's {theirs}"
     return Claim(
         topic=topic,
         tone=verdict,

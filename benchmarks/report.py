@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from linearize.benchmarks import decode, evaluate, page, plots
+from linearize.benchmarks.bench_schema import as_schema_2
 from linearize.benchmarks.files import read_json, write_text
 from linearize.benchmarks.headline import Claim, headline, one_line
 from linearize.benchmarks.page import Section
+from linearize.benchmarks.report_attention import attention_section
 from linearize.benchmarks.report_provenance import provenance_section
 from linearize.benchmarks.report_quality import answers_section, divergence_section, perplexity_section
-from linearize.benchmarks.report_recall import needles_section
+from linearize.benchmarks.report_recall import needles_section, recall_section
 from linearize.benchmarks.report_speed import speed_section
-from linearize.benchmarks.report_tasks import tasks_section
+from linearize.benchmarks.report_tasks import harness_section, letters_section, tasks_section
 from linearize.benchmarks.report_training import progress_section, training_section
 from linearize.benchmarks.summary import quality_sentences, speed_sentences
 from linearize.benchmarks.training_log import read_train_log, stage_logs
@@ -33,7 +35,17 @@ MARKS = (
 )
 
 # In the order of the page. A section whose part was not measured is left out.
-QUALITY = (perplexity_section, divergence_section, tasks_section, needles_section, answers_section)
+QUALITY = (
+    perplexity_section,
+    divergence_section,
+    tasks_section,
+    letters_section,
+    harness_section,
+    needles_section,
+    recall_section,
+    attention_section,
+    answers_section,
+)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -57,15 +69,16 @@ def write_report(folder: str | Path) -> Path:
     recipe = path.read_text(encoding="utf-8") if (path := paths["recipe.yaml"]).is_file() else None
     values = _parsed(recipe)
     stages = stage_logs(log, values)
-    claims = headline(quality, speed)
+    bench = None if speed is None else as_schema_2(speed)
+    claims = headline(quality, bench)
     sections = [
         progress_section(stages),
         _headline(claims),
         _findings(quality, speed),
         *([] if quality is None else [part(quality) for part in QUALITY]),
-        *([] if speed is None else [speed_section(speed)]),
+        *([] if bench is None else [speed_section(bench)]),
         training_section(stages),
-        provenance_section(quality, speed, recipe),
+        provenance_section(quality, bench, recipe),
     ]
     title, subtitle = _title(values)
     return write_text(folder / "report.html", page.page(title, subtitle, one_line(claims), sections))

@@ -1,18 +1,24 @@
 """The report's last section: what every number was measured with, so that it can be traced and done again."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from linearize.benchmarks import page
-from linearize.benchmarks.headline import batch_of, texts_of
+from linearize.benchmarks.headline import texts_of
 from linearize.benchmarks.page import Data, Section
+from linearize.benchmarks.report_format import DASH, counted
 from linearize.benchmarks.summary import number
 
 __all__ = ["provenance_section"]
 
 
 def provenance_section(quality: dict[str, Any] | None, speed: dict[str, Any] | None, recipe: str | None) -> Section:
-    """Machine, versions, commit, command, seed, data, noise and recipe of what there is."""
+    """Machine, versions, commit, command, seed, data, noise and recipe of what there is.
+
+    Args:
+        quality: an evaluate.json.
+        speed: a bench.json, as `linearize.benchmarks.bench_schema` gives it.
+        recipe: the text of recipe.yaml.
+    """
     parts = []
     if quality is not None:
         pairs = [*_machine(quality), ("rows", ", ".join(quality["rows"])), *_measured_on(quality)]
@@ -78,46 +84,37 @@ def _seconds(quality: dict[str, Any]) -> str:
 
 def _noise(speed: dict[str, Any]) -> list[tuple[str, str]]:
     blocks = speed["blocks"]
-    noisy = [block for block in blocks if _flags(block)]
-    text = f"{len(noisy)} of {len(blocks)} blocks are marked" if noisy else f"none of {len(blocks)} blocks is marked"
-    counts = [f"{flag}: {sum(flag in _flags(block) for block in noisy)}" for flag in _known_flags(noisy)]
+    moved = sum(block["moved"] for block in blocks)
+    noise = f"the machine's own speed moved during {moved} of {counted(len(blocks), 'block')}"
+    again = sum(block.get("attempts", 1) > 1 for block in blocks)
+    if again:
+        noise += f"; {again} were measured twice, because it had moved the first time"
+    spoilt = sorted({f"{cell['row']}, {cell['mode']}" for cell in speed["cells"] if cell["recompiles"]})
+    asked = counted(speed["repeats_asked"], "repeat")
+    modes = "; ".join(f"{row}: {', '.join(own)}" for row, own in speed["modes"].items())
     return [
-        ("noise", "; ".join([text, *counts])),
-        ("repeats", f"{speed['repeats_asked']} asked, {speed['decode_tokens']} tokens each"),
-        ("dropped", "; ".join(f"context {drop['context']}: {drop['reason']}" for drop in speed["dropped"])),
+        ("noise", noise),
+        ("compiled again", "; ".join(spoilt)),
+        ("repeats", f"{asked} asked, {speed['decode_tokens']} tokens each"),
+        ("modes", modes),
+        ("left out", "; ".join(f"{one['row']}, {one['mode']}: {one['reason']}" for one in speed["skipped"])),
+        ("dropped", "; ".join(_dropped(drop) for drop in speed["dropped"])),
         ("time", f"{number(speed['seconds'])} s"),
     ]
 
 
-def _flags(block: dict[str, Any]) -> list[str]:
-    """Why a block is not to be trusted; older files know one reason."""
-    flags = block.get("flags")
-    if isinstance(flags, dict):
-        flags = [name for name, raised in flags.items() if raised]
-    found = [str(flag) for flag in flags or ()]
-    if block.get("moved") and not found:
-        found.append("the machine's own speed moved")
-    return found
-
-
-def _known_flags(blocks: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(flag for block in blocks for flag in _flags(block)))
+def _dropped(drop: dict[str, Any]) -> str:
+    what = "prefill of" if drop["what"] == "prefill" else "context"
+    return f"{what} {drop['context']}, batch {drop['batch']}: {drop['reason']}"
 
 
 def _blocks(speed: dict[str, Any]) -> str:
     """Every block with the fixed matrix product that was timed before and after it."""
+    keys = ("what", "repeat", "context", "batch", "matmul_before_ms", "matmul_after_ms")
     rows: list[list[Any]] = [
-        [
-            block["repeat"],
-            block["context"],
-            batch_of(block, speed),
-            block.get("matmul_before_ms"),
-            block.get("matmul_after_ms"),
-            "; ".join(_flags(block)),
-        ]
-        for block in speed["blocks"]
+        [*(block[key] for key in keys), "moved" if block["moved"] else ""] for block in speed["blocks"]
     ]
-    head = ["repeat", "context", "batch", "matrix product before, ms", "after, ms", "marked"]
-    shown = [[*map(str, row[:3]), number(row[3]), number(row[4]), row[5] or "–"] for row in rows]
+    head = ["what", "repeat", "context", "batch", "matrix product before, ms", "after, ms", "marked"]
+    shown = [[*map(str, row[:4]), number(row[4]), number(row[5]), row[6] or DASH] for row in rows]
     table = page.table("Blocks: one repeat of one context, all rows", head, shown, data=Data("blocks", head, rows))
     return page.details("Every block, and how steady the machine was", table)

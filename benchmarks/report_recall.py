@@ -1,4 +1,4 @@
-"""The report's section on recall: needles in long texts."""
+"""The report's sections on recall: needles in long texts, and the probes of `linearize.benchmarks.recall`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from linearize.benchmarks import page
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.heat import Grid, plot_heat
 from linearize.benchmarks.page import Cell, Data, Section
-from linearize.benchmarks.report_format import counted
-from linearize.benchmarks.summary import percent
-from linearize.benchmarks.verdicts import of_counts, tone
+from linearize.benchmarks.report_format import counted, span
+from linearize.benchmarks.summary import number, percent
+from linearize.benchmarks.verdicts import of_counts, of_interval, tone
 
-__all__ = ["needles_section"]
+__all__ = ["needles_section", "recall_section"]
 
 
 def needles_section(result: dict[str, Any]) -> Section:
@@ -39,8 +39,9 @@ def needles_section(result: dict[str, Any]) -> Section:
         "Needle in a haystack",
         *parts,
         page.paragraph(
-            "A sentence with a number hides in held-out text. Written: greedy decoding repeats it exactly. "
-            f"Ranked first: it is likelier than {needle['candidates'] - 1} other numbers; guessing gives "
+            "A sentence with a value, a number or a word, hides in held-out text; with several keys there are as many "
+            "such sentences, and one is asked for. Written: greedy decoding repeats it exactly. "
+            f"Ranked first: it is likelier than {needle['candidates'] - 1} others; guessing gives "
             f"{percent(needle['chance_first'])}. Depth 0 % is the start of the text. A needle near the end may still "
             "be in the window: compare with the row window + sinks. Marks: the 95 % interval of the difference from "
             "the original's share leaves out zero (Newcombe's, prompts taken as independent).",
@@ -110,3 +111,77 @@ def _needle_maps(rows: Sequence[str], needle: dict[str, Any], score: str) -> str
         data = Data(f"needles-{score}-map{index}", head, [[name, *row] for name, row in zip(rows, values)])
         pictures.append(page.figure(svg, f"{title}. The stronger the colour, the more.", data))
     return page.figures(*pictures)
+
+
+PROBES = {
+    "associative": "pairs of words in a list, then asked for by their keys",
+    "copy": "random tokens, then the same again",
+    "induction": "pairs among random tokens; after the first of one, the second follows",
+}
+SCORES = {"first": "likelier than all other candidates", "greedy": "likeliest of the whole vocabulary"}
+
+
+def recall_section(result: dict[str, Any]) -> Section:
+    """Associative recall, copies and induction: what each row finds again, by length and number of pairs."""
+    recall = result.get("recall")
+    title = "Recall without training"
+    if recall is None:
+        return page.section(title)
+    parts = []
+    for probe, found in recall["probes"].items():
+        told = PROBES.get(probe, "")
+        intro = f"{told}: " if told else ""
+        intro += f"{counted(found['n_answers'], 'answer')} in {counted(found['n_prompts'], 'prompt')}; guessing ranks "
+        intro += f"{percent(found['chance_first'])} first."
+        pictures = [_recall_map(result["rows"], probe, found, score) for score in SCORES]
+        table = _recall_table(result["rows"], probe, found)
+        intro = intro[0].upper() + intro[1:]
+        parts.append(page.subsection(probe.capitalize(), page.paragraph(intro), table, page.figures(*pictures)))
+    return page.section(
+        title,
+        *parts,
+        page.paragraph(
+            "First: the answer is " + SCORES["first"] + ". Written: it is the " + SCORES["greedy"] + ". Marks: the "
+            "95 % interval of the paired difference from the original leaves out zero. The distance is the mean number "
+            "of tokens from where an answer was said to where it is asked for; inside the window it needs no state.",
+            "small",
+        ),
+    )
+
+
+def _recall_table(rows: Sequence[str], probe: str, found: dict[str, Any]) -> str:
+    pairs = {pair["row"]: pair for pair in found["comparisons"] if pair["against"] == BASELINE}
+    columns = {"length": "length", "pairs": "pairs", "distance": "distance", "answers": "answers"}
+    columns |= {"chance of first": "chance_first", "first": "first", "written": "greedy", "NLL": "nll"}
+    body, lines = [], []
+    for name in rows:
+        row, pair = found["rows"][name], pairs.get(name)
+        line: list[str | Cell] = [name]
+        for score in SCORES:
+            verdict = "" if pair is None else tone(of_interval(pair[f"{score}_ci95"], 0, "higher"))
+            line += [Cell(percent(row[score]), verdict), span(row[f"{score}_ci95"], percent)]
+        body.append([*line, number(row["nll"])])
+        for cell in row["cells"]:
+            lines.append([name, *(cell[key] for key in columns.values())])
+    head = ["row", "first", "95 % interval", "written", "95 % interval", "NLL of the answers"]
+    data = Data(f"recall-{page.slug(probe)}", ["row", *columns], lines)
+    return page.table(f"{probe}: share of answers found", head, body, strong=STUDENT, data=data)
+
+
+def _recall_map(rows: Sequence[str], probe: str, found: dict[str, Any], score: str) -> str:
+    """Rows down, lengths and numbers of pairs across; nothing where there is one cell, which the table has."""
+    cells = found["rows"][rows[0]]["cells"]
+    if len(cells) < 2:
+        return ""
+    lengths = [cell["length"] for cell in cells]
+    several = len({cell["pairs"] for cell in cells}) > 1
+    columns = [f"{cell['pairs']} pairs" if several else f"{cell['distance']:.0f} back" for cell in cells]
+    values = [[cell[score] for cell in found["rows"][name]["cells"]] for name in rows]
+    groups = [(f"{length} tokens", lengths.count(length)) for length in dict.fromkeys(lengths)]
+    title = f"{probe}: share of answers {'ranked first' if score == 'first' else 'written'}"
+    svg = plot_heat(
+        f"recall-{page.slug(probe)}-{score}", title, Grid(rows, columns, values, groups=groups, low=0.0, high=1.0)
+    )
+    head = ["row", *(f"{cell['length']}, {column}" for cell, column in zip(cells, columns))]
+    data = Data(f"recall-{page.slug(probe)}-{score}", head, [[name, *row] for name, row in zip(rows, values)])
+    return page.figure(svg, f"{title}. The stronger the colour, the more.", data)

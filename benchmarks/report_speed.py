@@ -1,211 +1,210 @@
-"""The report's section on a bench.json: time, prefill and bytes by context and batch."""
+"""The report's section on a bench.json: time, prefill and bytes by context and batch.
 
+All of it reads a result as `linearize.benchmarks.bench_schema` gives it.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 from linearize.benchmarks import page, plots
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
-from linearize.benchmarks.headline import batch_of
+from linearize.benchmarks.headline import prefills
 from linearize.benchmarks.page import Cell, Data, Section
 from linearize.benchmarks.plots import Line
+from linearize.benchmarks.report_format import DASH, ends, span
 from linearize.benchmarks.summary import number, size
+from linearize.benchmarks.verdicts import of_ranges, tone
 
 __all__ = ["speed_section"]
 
-DASH = "–"
 VERDICTS = {"faster": "good", "slower": "bad"}
 
 
 def speed_section(result: dict[str, Any]) -> Section:
-    """Figures and tables, one figure of each kind a batch."""
-    batches = sorted({batch_of(cell, result) for cell in result["cells"]})
-    figures = [_figures(result, batch, len(batches) > 1) for batch in batches] if plots.available() else []
-    several = "" if len(batches) > 1 else f", batch {batches[0]}"
-    caption = (
-        f"Decoding {result['decode_tokens']} tokens a repeat{several}, on {result['device']}, "
-        f"CPU threads: {result['threads']}, {', '.join(sorted(set(result['dtypes'].values())))}"
-    )
+    """Figures of every batch, then tables."""
+    figures = [_figures(result, batch) for batch in result["batches"]] if plots.available() else []
     return page.section(
         "Speed and memory",
         *figures,
-        _time_table(result, f"{caption}; the original’s time over the row’s: above 1 the row is faster"),
+        _time_table(result),
         _prefill_table(result),
         _bytes_table(result),
         page.paragraph(
-            "Rows take turns within each repeat. The original is measured under a growing cache (dynamic) and a "
-            "preallocated one (static); the better one at each context is what others are compared with. "
-            "Marks: all repeats agree (time), the ranges do not overlap (prefill). Nothing is compiled.",
+            "Rows take turns within each repeat. Each is measured in every mode that it has: under a growing cache "
+            "(dynamic), a preallocated one (static), with its step compiled. At each context and batch the best mode "
+            "of the original is compared with the best of each other row. Speed-up is the original’s time over the "
+            "row’s: above 1 the row is faster. It is marked where all repeats, or their 95 % interval, leave out 1; a "
+            "prefill where the ranges of the repeats do not overlap.",
             "small",
         ),
     )
 
 
-def _title(cell: dict[str, Any]) -> str:
-    """A row's name, with its cache where that is a choice."""
-    return f"{cell['row']}, {cell['cache']} cache" if cell["row"] == BASELINE else cell["row"]
+def _name(result: dict[str, Any], found: dict[str, Any]) -> str:
+    """A row's name, with its mode where it has several."""
+    several = len(result["modes"].get(found["row"], ())) > 1
+    return f"{found['row']}, {found['mode']}" if several and found["mode"] else found["row"]
 
 
-def _lines(result: dict[str, Any], batch: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(row, cache) -> its cells of one batch, by context."""
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in sorted(result["cells"], key=lambda cell: cell["context"]):
-        if batch_of(cell, result) == batch:
-            lines.setdefault((cell["row"], cell["cache"]), []).append(cell)
-    return lines
+def _where(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The columns of `_where_titles`."""
+    return [str(found["context"]), str(found["batch"])][: len(_where_titles(result))]
 
 
-def _figures(result: dict[str, Any], batch: int, several: bool) -> str:
-    found, at = _lines(result, batch), f", batch {batch}" if several else ""
-    contexts = sorted({cell["context"] for cells in found.values() for cell in cells})
+def _where_titles(result: dict[str, Any]) -> list[str]:
+    """Context, and batch where there are several."""
+    return ["context", "batch"] if len(result["batches"]) > 1 else ["context"]
 
-    def spread(key: str, scale: float = 1.0) -> list[Line]:
-        lines = []
-        for (row, cache), cells in found.items():
-            parts = [cell[key] for cell in cells]
-            lines.append(
-                Line(
-                    row,
-                    [cell["context"] for cell in cells],
-                    [part["p50"] * scale for part in parts],
-                    [min(part["min"], part["p50"]) * scale for part in parts],
-                    [max(part["max"], part["p50"]) * scale for part in parts],
-                    label=f"{row}, {cache}" if row == BASELINE else "",
-                    hollow=cache == "static",
-                )
-            )
-        return lines
 
-    held = [
-        Line(row, [cell["context"] for cell in cells], [cell["cache_bytes"]["total"] / 2**20 for cell in cells])
-        for (row, cache), cells in found.items()
-        if cache == "dynamic" and all(cell["cache_bytes"]["total"] for cell in cells)
-    ]
+def _figures(result: dict[str, Any], batch: int) -> str:
+    """Time, prefill and bytes by context at one batch."""
+    at = f", batch {batch}" if len(result["batches"]) > 1 else ""
+    cells = [cell for cell in result["cells"] if cell["batch"] == batch]
+    read = [found for found in prefills(result) if found["batch"] == batch]
+    times = _lines(result, cells, lambda cell: cell["ms_per_token"])
+    seconds = _lines(result, read, lambda found: {key: value / 1e3 for key, value in found["ms"].items()})
     plans = [
-        (
-            "decode",
-            f"Time per token while decoding{at}",
-            "ms per token",
-            spread("ms_per_token"),
-            "bars span the repeats’ medians",
-        ),
-        ("prefill", f"Time of the prefill{at}", "seconds", spread("prefill_ms", 1e-3), "bars span the repeats"),
-        ("cache", f"Bytes held between two tokens{at}", "cache, MiB", held, "preallocated caches left out"),
+        ("decode", f"Time per token while decoding{at}", "ms per token", times, "bars span the repeats’ medians"),
+        ("prefill", f"Time of the prefill{at}", "seconds", seconds, "bars span the repeats"),
+        ("cache", f"Bytes held between two tokens{at}", "cache, MiB", _held(cells), "in the mode that holds least"),
     ]
     figures = []
     for name, title, unit, lines, remark in plans:
         if not lines:
             continue
+        contexts = sorted({int(x) for line in lines for x in line.x})
         svg = plots.plot_lines(f"{name}{batch}", title, lines, "context in tokens", unit, ticks=contexts)
-        head, rows = ["row", "context", unit], []
-        if lines[0].low is not None:
-            head += ["low", "high"]
+        rows: list[list[Any]] = []
         for line in lines:
-            ends = [] if line.low is None or line.high is None else [line.low, line.high]
-            rows += [[line.name, *values] for values in zip(line.x, line.y, *ends)]
-        figures.append(
-            page.figure(svg, f"{title}; {remark}. Lower is better.", Data(f"{name}-batch-{batch}", head, rows))
-        )
+            bars = [] if line.low is None or line.high is None else [line.low, line.high]
+            rows += [[line.name, *values] for values in zip(line.x, line.y, *bars)]
+        head = ["row", "context", unit, "low", "high"][: len(rows[0])]
+        data = Data(f"{name}-batch-{batch}", head, rows)
+        figures.append(page.figure(svg, f"{title}; {remark}. Lower is better.", data))
     return page.figures(*figures)
 
 
-def _where(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
-    """A cell's context, and its batch where there are several."""
-    return [str(cell["context"]), str(batch_of(cell, result))][: len(_where_titles(result))]
+def _lines(
+    result: dict[str, Any], found: list[dict[str, Any]], spread: Callable[[dict[str, Any]], dict[str, float]]
+) -> list[Line]:
+    """One line a row and mode; the first mode of a row is drawn solid."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for one in sorted(found, key=lambda one: one["context"]):
+        by_name.setdefault(_name(result, one), []).append(one)
+    lines = []
+    for name, points in by_name.items():
+        parts = [spread(point) for point in points]
+        lines.append(
+            Line(
+                points[0]["row"],
+                [point["context"] for point in points],
+                [part["p50"] for part in parts],
+                # The median of all steps may lie outside the range of the repeats' medians.
+                [min(part["min"], part["p50"]) for part in parts],
+                [max(part["max"], part["p50"]) for part in parts],
+                label=name,
+                hollow=points[0]["mode"] not in ("", "dynamic"),
+            )
+        )
+    return lines
 
 
-def _where_titles(result: dict[str, Any]) -> list[str]:
-    return ["context", "batch"] if len({batch_of(cell, result) for cell in result["cells"]}) > 1 else ["context"]
+def _held(cells: list[dict[str, Any]]) -> list[Line]:
+    """The smallest cache of each row by context; rows that hold nothing are left out."""
+    held: dict[str, dict[int, int]] = {}
+    for cell in cells:
+        known, total = held.setdefault(cell["row"], {}), cell["cache_bytes"]["total"]
+        known[cell["context"]] = min(known.get(cell["context"], total), total)
+    return [
+        Line(row, sorted(known), [known[context] / 2**20 for context in sorted(known)])
+        for row, known in held.items()
+        if all(known.values())
+    ]
 
 
-def _time_table(result: dict[str, Any], caption: str) -> str:
-    pairs = {(pair["row"], pair["context"], batch_of(pair, result)): pair for pair in result["comparisons"]}
-    # Shares of the bound are there where a bandwidth was measured.
-    bounded = any(_share(cell) is not None for cell in result["cells"])
+def _time_table(result: dict[str, Any]) -> str:
+    def key(found: dict[str, Any]) -> tuple[Any, ...]:
+        return found["row"], found["context"], found["batch"], found["mode"]
+
+    pairs = {key(pair): pair for pair in result["comparisons"]}
     body, rows = [], []
     for cell in result["cells"]:
-        times, pair = cell["ms_per_token"], pairs.get((cell["row"], cell["context"], batch_of(cell, result)))
-        line: list[str | Cell] = [_title(cell), *_where(result, cell), number(times["p50"])]
-        line += [
-            f"{number(times['min'])} to {number(times['max'])}",
-            number(times["p95"]),
-            number(cell["tokens_per_s"]),
-        ]
+        times, pair = cell["ms_per_token"], pairs.get(key(cell))
+        line: list[str | Cell] = [_name(result, cell), *_where(result, cell), number(times["p50"])]
+        line += [span((times["min"], times["max"])), number(times["p95"]), number(cell["tokens_per_s"])]
         speedup: list[float | None] = [None, None, None]
         if pair is None:
             line.append(DASH)
         else:
             ratio = pair["speedup"]
-            speedup = [ratio["p50"], ratio["min"], ratio["max"]]
-            text = f"{number(ratio['p50'])} ({number(ratio['min'])} to {number(ratio['max'])})"
-            line.append(Cell(text, VERDICTS.get(pair["verdict"], "")))
-        if bounded:
-            share = _share(cell)
-            line.append(DASH if share is None else f"{100 * share:.0f} %")
-        body.append([*line, str(cell["repeats"])])
+            interval = ratio["ci95"] or (ratio["min"], ratio["max"])
+            speedup = [ratio["p50"], *ends(interval)]
+            line.append(Cell(f"{number(ratio['p50'])} ({span(interval)})", VERDICTS.get(pair["verdict"], "")))
+        body.append([*line, f"{cell['repeats']}{', compiled again' if cell['recompiles'] else ''}"])
         rows.append(
-            [cell["row"], cell["cache"], cell["context"], batch_of(cell, result)]
-            + [times[key] for key in ("p50", "min", "max", "p95", "mean")]
-            + [cell["tokens_per_s"], *speedup, _share(cell), cell["repeats"]]
+            [cell["row"], cell["mode"], cell["context"], cell["batch"]]
+            + [times[part] for part in ("p50", "min", "max", "p95", "mean")]
+            + [cell["tokens_per_s"], *speedup, cell["repeats"], cell["recompiles"], cell["weight_bytes"]]
         )
     head = ["row", *_where_titles(result), "ms per token, median", "repeats’ medians", "p95", "tokens/s", "speed-up"]
-    head += (["share of the bandwidth bound"] if bounded else []) + ["repeats"]
-    columns = ["row", "cache", "context", "batch", "ms p50", "ms low", "ms high", "ms p95", "ms mean", "tokens/s"]
-    columns += ["speed-up", "speed-up low", "speed-up high", "share of bound", "repeats"]
-    return page.table(caption, head, body, strong=STUDENT, data=Data("decode-times", columns, rows))
-
-
-def _share(cell: dict[str, Any]) -> float | None:
-    """The part of its bound, bytes that must move over the bandwidth, that a cell reaches; None where not known."""
-    return cell.get("bound_share")
+    columns = ["row", "mode", "context", "batch", "ms p50", "ms low", "ms high", "ms p95", "ms mean", "tokens/s"]
+    columns += ["speed-up", "speed-up low", "speed-up high", "repeats", "recompiles", "weight bytes"]
+    batch = "" if len(result["batches"]) > 1 else f", batch {result['batches'][0]}"
+    caption = (
+        f"Decoding {result['decode_tokens']} tokens a repeat{batch}, on {result['device']}, "
+        f"CPU threads: {result['threads']}, {', '.join(sorted(set(result['dtypes'].values())))}"
+    )
+    return page.table(caption, [*head, "repeats"], body, strong=STUDENT, data=Data("decode-times", columns, rows))
 
 
 def _prefill_table(result: dict[str, Any]) -> str:
+    found = sorted(prefills(result), key=lambda one: (one["context"], one["batch"]))
+    if not found:
+        return ""
     best: dict[tuple[int, int], dict[str, float]] = {}
-    for cell in result["cells"]:
-        if cell["row"] == BASELINE:
-            key = cell["context"], batch_of(cell, result)
-            if key not in best or cell["prefill_ms"]["p50"] < best[key]["p50"]:
-                best[key] = cell["prefill_ms"]
+    for one in found:
+        place = one["context"], one["batch"]
+        if one["row"] == BASELINE and (place not in best or one["ms"]["p50"] < best[place]["p50"]):
+            best[place] = one["ms"]
     body, rows = [], []
-    for cell in result["cells"]:
-        times, theirs = cell["prefill_ms"], best.get((cell["context"], batch_of(cell, result)))
-        line: list[str | Cell] = [_title(cell), *_where(result, cell), number(times["p50"])]
-        line.append(f"{number(times['min'])} to {number(times['max'])}")
-        ratio = None if theirs is None or cell["row"] == BASELINE else theirs["p50"] / times["p50"]
-        if ratio is None or theirs is None:
+    for one in found:
+        times, theirs = one["ms"], best.get((one["context"], one["batch"]))
+        line: list[str | Cell] = [_name(result, one), *_where(result, one), number(times["p50"])]
+        line.append(span((times["min"], times["max"])))
+        ratio = None
+        if theirs is None or one["row"] == BASELINE:
             line.append(DASH)
         else:
-            apart = "good" if times["max"] < theirs["min"] else "bad" if times["min"] > theirs["max"] else ""
-            line.append(Cell(number(ratio), apart))
-        body.append(line)
+            ratio = theirs["p50"] / times["p50"]
+            # One repeat has no range.
+            verdict = of_ranges((times["min"], times["max"]), (theirs["min"], theirs["max"]))
+            line.append(Cell(number(ratio), tone(verdict) if one["repeats"] > 1 else ""))
+        body.append([*line, str(one["repeats"])])
         rows.append(
-            [cell["row"], cell["cache"], cell["context"], batch_of(cell, result)]
-            + [times[key] for key in ("p50", "min", "max")]
-            + [ratio]
+            [one["row"], one["mode"], one["context"], one["batch"], times["p50"], times["min"], times["max"], ratio]
         )
-    head = ["row", *_where_titles(result), "ms, median", "range", "speed-up"]
-    columns = ["row", "cache", "context", "batch", "ms p50", "ms low", "ms high", "speed-up"]
+    head = ["row", *_where_titles(result), "ms, median", "range", "speed-up", "repeats"]
+    columns = ["row", "mode", "context", "batch", "ms p50", "ms low", "ms high", "speed-up"]
     data = Data("prefill-times", columns, rows)
     return page.table("Prefill: the context read into the cache", head, body, strong=STUDENT, data=data)
 
 
 def _bytes_table(result: dict[str, Any]) -> str:
     parts = ("total", "softmax", "window", "state")
-    theirs = {
-        (cell["context"], batch_of(cell, result)): cell["cache_bytes"]["total"]
-        for cell in result["cells"]
-        if (cell["row"], cell["cache"]) == (BASELINE, "dynamic")
-    }
+    theirs: dict[tuple[int, int], int] = {}
+    for cell in result["cells"]:
+        if cell["row"] == BASELINE:
+            place, total = (cell["context"], cell["batch"]), cell["cache_bytes"]["total"]
+            theirs[place] = min(theirs.get(place, total), total)
     body, rows = [], []
     for cell in result["cells"]:
-        held, other = cell["cache_bytes"], theirs.get((cell["context"], batch_of(cell, result)))
+        held, other = cell["cache_bytes"], theirs[cell["context"], cell["batch"]]
         verdict = ""
-        if other is not None and cell["row"] != BASELINE:
+        if cell["row"] != BASELINE:
             verdict = "good" if held["total"] < other else "bad" if held["total"] > other else ""
-        line: list[str | Cell] = [_title(cell), *_where(result, cell), Cell(size(held["total"]), verdict)]
+        line: list[str | Cell] = [_name(result, cell), *_where(result, cell), Cell(size(held["total"]), verdict)]
         body.append([*line, *(size(held[part]) for part in parts[1:])])
-        rows.append(
-            [cell["row"], cell["cache"], cell["context"], batch_of(cell, result), *(held[part] for part in parts)]
-        )
+        rows.append([cell["row"], cell["mode"], cell["context"], cell["batch"], *(held[part] for part in parts)])
     head = ["row", *_where_titles(result), "all", "of it softmax layers", "window", "state"]
-    data = Data("cache-bytes", ["row", "cache", "context", "batch", *parts], rows)
+    data = Data("cache-bytes", ["row", "mode", "context", "batch", *parts], rows)
     return page.table("Bytes of the cache, without the model’s weights", head, body, strong=STUDENT, data=data)

@@ -1,4 +1,4 @@
-"""The report's section on tasks: multiple choice and last words."""
+"""The report's sections on tasks: multiple choice and last words, choices by letter, tasks of lm-eval."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from linearize.benchmarks import page, plots
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.page import Cell, Data, Section
 from linearize.benchmarks.plots import Point
-from linearize.benchmarks.report_format import DASH, ends, span
-from linearize.benchmarks.summary import percent
+from linearize.benchmarks.report_format import DASH, counted, ends, span
+from linearize.benchmarks.summary import number, percent
 from linearize.benchmarks.verdicts import of_interval, tone
 
-__all__ = ["tasks_section"]
+__all__ = ["harness_section", "letters_section", "tasks_section"]
 
 
 def tasks_section(result: dict[str, Any]) -> Section:
@@ -124,3 +124,79 @@ def _task_tables(rows: Sequence[str], task_name: str, task: dict[str, Any]) -> s
         head = ["row", "accuracy", "95 % interval", "kept", "95 % interval", "kept above guessing", "95 % interval"]
         tables.append(page.table(f"{task_name}: {how} ({kind})", head, body, strong=STUDENT))
     return "\n".join(tables)
+
+
+def letters_section(result: dict[str, Any]) -> Section:
+    """Choices by letter: accuracy over all orders, and whether a row likes a letter rather than an answer."""
+    letters = result.get("letters")
+    title = "Choice by letter"
+    if not letters:
+        return page.section(title)
+    parts = []
+    for name, task in letters.items():
+        pairs = {pair["row"]: pair for pair in task["comparisons"] if pair["against"] == BASELINE}
+        body, rows = [], []
+        for row_name in result["rows"]:
+            row, pair = task["rows"][row_name], pairs.get(row_name)
+            verdict = "" if pair is None else tone(of_interval(pair["ci95"], 0, "higher"))
+            line: list[str | Cell] = [row_name, Cell(percent(row["accuracy"]), verdict), span(row["ci95"], percent)]
+            line += [percent(row["consistency"]), percent(row["letter_distance"]), *map(percent, row["letters"])]
+            body.append(line)
+            shares = row["consistency"], row["letter_distance"], *row["letters"]
+            rows.append([row_name, row["accuracy"], *ends(row["ci95"]), *shares])
+        body.append(["where they are right", "", "", "", "", *map(percent, task["true"])])
+        head = ["row", "accuracy", "95 % interval", "same in all orders", "off the right letters", *task["letters"]]
+        columns = ["row", "accuracy", "low", "high", "consistency", "letter distance", *task["letters"]]
+        guess = (
+            f"guessing gives {percent(task['chance'])}, the same in all orders {percent(task['chance_consistency'])}"
+        )
+        caption = f"{name}: {counted(task['n_items'], 'question')} in every cyclic order of their choices; {guess}"
+        data = Data(f"letters-{page.slug(name)}", columns, rows)
+        parts.append(page.table(caption, head, body, strong=STUDENT, data=data))
+    return page.section(
+        title,
+        *parts,
+        page.paragraph(
+            "The likeliest letter after the choices is the answer. The last columns say how often each letter is "
+            "chosen: a row that likes one letter has lost the question. Off the right letters: half the sum of the "
+            "differences between how often letters are chosen and are right. Marks: the 95 % interval of the paired "
+            "difference in accuracy from the original leaves out zero.",
+            "small",
+        ),
+    )
+
+
+def harness_section(result: dict[str, Any]) -> Section:
+    """Tasks of lm-evaluation-harness, every metric of every row."""
+    tasks = result.get("lm_eval")
+    title = "Tasks of lm-evaluation-harness"
+    if not tasks:
+        return page.section(title)
+    rows = result["rows"]
+    body, lines = [], []
+    for name, task in tasks.items():
+        for metric in task["rows"][BASELINE]:
+            line: list[str | Cell] = [
+                f"{name}, {metric}",
+                "all" if task["n_samples"] is None else str(task["n_samples"]),
+            ]
+            for row in rows:
+                found = task["rows"][row][metric]
+                kept = found["retention_over_chance"] or {"value": None, "ci95": None}
+                verdict = "" if row == BASELINE else tone(of_interval(kept["ci95"], 1, "higher"))
+                error = "" if found["stderr"] is None else f" ± {number(found['stderr'])}"
+                line.append(Cell(number(found["value"]) + error, verdict))
+                about = name, task["version"], task["n_samples"], task["chance"], metric, row
+                lines.append([*about, found["value"], found["stderr"], kept["value"], *ends(kept["ci95"])])
+            body.append(line)
+    columns = ["task", "version", "samples", "chance", "metric", "row", "value", "standard error"]
+    data = Data("lm-eval", [*columns, "kept above chance", "low", "high"], lines)
+    return page.section(
+        title,
+        page.table("Value ± standard error, by task and metric", ["task", "samples", *rows], body, data=data),
+        page.paragraph(
+            "As the library measures them, with its own prompts. Marks are on accuracies alone: the 95 % interval of "
+            "what is kept above chance leaves out 100 %.",
+            "small",
+        ),
+    )

@@ -20,13 +20,13 @@ class Page(HTMLParser):
         ids, references: values of `id`; of `href`, `src` and their like, data URIs left out.
         words: pieces of text.
         files: name -> rows of every CSV file that is offered, as texts.
-        tables: rows of every table, as texts.
+        tables: rows of every table, as texts, with plain spaces before units.
     """
 
     def __init__(self, text: str):
         super().__init__()
         self.open, self.tags, self.elements, self.ids, self.references, self.words = [], [], [], [], [], []
-        self.files, self.tables, self.hidden = {}, [], 0
+        self.files, self.tables = {}, []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -62,7 +62,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.words.append(data)
         if "td" in self.open or "th" in self.open:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     @property
     def text(self) -> str:

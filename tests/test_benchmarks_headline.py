@@ -1,9 +1,8 @@
 """The headline follows the numbers in both directions, and leaves nothing out that speaks against the student."""
 
-import json
-
 import pytest
 
+from linearize.benchmarks.bench_schema import as_schema_2
 from linearize.benchmarks.headline import headline, one_line
 from tests.benchmark_results import fabricate_bench, fabricate_evaluation
 
@@ -24,7 +23,7 @@ def quality(nll=None, **options):
 
 
 def speed(monkeypatch, times=TIMES, **options):
-    return topics(headline(None, fabricate_bench(monkeypatch, times, **options)))
+    return topics(headline(None, as_schema_2(fabricate_bench(monkeypatch, times, **options))))
 
 
 def test_speed_shows_the_best_and_the_worst(monkeypatch):
@@ -34,8 +33,8 @@ def test_speed_shows_the_best_and_the_worst(monkeypatch):
     assert best.value in ("1.99×", "2.00×", "2.01×")
     assert worst.value in ("0.66×", "0.67×", "0.68×")
     assert best.basis.startswith("Best of 3 measured; batch 1, float32 on cpu")
-    assert "under its better cache (static)" in best.basis
-    assert "under its better cache (dynamic)" in worst.basis
+    assert best.basis.endswith("each in its better mode: dynamic, the original static.")
+    assert worst.basis.endswith("each in its better mode: dynamic, the original dynamic.")
     assert "Decoding at 2048 tokens" not in found
     # Neither is quoted without the other.
     assert best.brief == f"decodes {best.value} as fast at 8192 tokens, {worst.value} at 512 tokens"
@@ -65,23 +64,41 @@ def test_one_repeat_has_no_spread(monkeypatch):
     assert "one repeat, no spread" in speed(monkeypatch, repeats=1)["Decoding at 8192 tokens"].text
 
 
-def test_batches_are_told_apart(monkeypatch):
-    """Cells and comparisons that have a batch of their own."""
-    result = fabricate_bench(monkeypatch, TIMES)
-    cells, pairs = [], []
+def batched(result):
+    """The same at two batches, the student four times slower at the second; prefills of it were not read."""
+    result, cells, pairs = as_schema_2(result), [], []
     for batch, slower in ((1, 1.0), (8, 4.0)):
-        for cell in json.loads(json.dumps(result["cells"])):
-            cells.append({**cell, "batch": batch})
-        for pair in json.loads(json.dumps(result["comparisons"])):
-            ratio = {key: value / slower for key, value in pair["speedup"].items()}
-            verdict = "faster" if ratio["min"] > 1 else "slower"
-            pairs.append({**pair, "batch": batch, "speedup": ratio, "verdict": verdict})
-    del result["batch"]
-    found = topics(headline(None, {**result, "schema": 2, "cells": cells, "comparisons": pairs}))
+        for cell in result["cells"]:
+            cells.append({**cell, "batch": batch, "weight_bytes": 2**28})
+            if batch == 8:
+                cells[-1]["prefill_ms"] = None
+        for pair in result["comparisons"]:
+            ratio = {key: pair["speedup"][key] / slower for key in ("p50", "min", "max")}
+            interval = [0.9 * ratio["min"], 1.1 * ratio["max"]]
+            verdict = "faster" if interval[0] > 1 else "slower" if interval[1] < 1 else "undecided"
+            pairs.append({**pair, "batch": batch, "speedup": {**ratio, "ci95": interval}, "verdict": verdict})
+    return {**result, "schema": 2, "batches": [1, 8], "cells": cells, "comparisons": pairs}
+
+
+def test_batches_are_told_apart(monkeypatch):
+    found = topics(headline(None, batched(fabricate_bench(monkeypatch, TIMES))))
     assert found["Decoding at 8192 tokens, batch 1"].tone == "good"
-    assert found["Decoding at 512 tokens, batch 8"].tone == "bad"
-    assert found["Decoding at 512 tokens, batch 8"].value in ("0.16×", "0.17×")
-    assert "Cache at 8192 tokens, batch 1" in found
+    worst = found["Decoding at 512 tokens, batch 8"]
+    assert worst.tone == "bad"
+    assert worst.value in ("0.16×", "0.17×")
+    assert worst.basis.startswith("Worst of 6 measured; batch 8")
+    assert "(0.15 to 0.19 in 5 repeats)" in worst.text  # the interval, not the range
+    assert found["Prefill of 8192 tokens, batch 1"].tone == "good"
+    assert "the student's are 256 MiB" in found["Cache at 8192 tokens, batch 1"].basis
+
+
+def test_prefills_of_lengths_asked_for_count(monkeypatch):
+    result = batched(fabricate_bench(monkeypatch, TIMES))
+    for row, middle in (("student", 900.0), ("original", 300.0)):
+        ms = {"p50": middle, "min": middle - 1, "max": middle + 1}
+        result["prefill"].append({"row": row, "length": 16384, "batch": 1, "repeats": 3, "ms": ms})
+    claim = topics(headline(None, result))["Prefill of 16384 tokens, batch 1"]
+    assert (claim.tone, claim.value) == ("bad", "0.33×")
 
 
 @pytest.mark.parametrize(
@@ -170,11 +187,11 @@ def test_what_is_missing_is_a_claim():
 
 def test_without_a_student_no_speed_is_claimed(monkeypatch):
     times = {"original": {64: 20.0}, "static": {64: 30.0}, "control": {64: 10.0}}
-    assert speed(monkeypatch, times)["Speed and memory"].text == "No student was timed."
+    assert speed(monkeypatch, times)["Speed and memory"].text == "No student was timed beside the original."
 
 
 def test_the_one_line_is_a_sentence(monkeypatch):
-    bench = fabricate_bench(monkeypatch, TIMES)
+    bench = as_schema_2(fabricate_bench(monkeypatch, TIMES))
     line = one_line(headline(fabricate_evaluation(NLL), bench))
     assert line.startswith("Decodes ")
     assert line.endswith("needles: not measured.")
