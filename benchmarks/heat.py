@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linearize.benchmarks.summary import number
@@ -26,6 +26,7 @@ class Grid:
         low, high: values of the weakest and the strongest shade; those of the values where None.
         logarithmic: equal steps of shade are equal ratios; every value is above 0.
         row_title, column_title: what the labels are, in a word or two.
+        form: a value as a cell says it.
     """
 
     rows: Sequence[str]
@@ -37,6 +38,7 @@ class Grid:
     logarithmic: bool = False
     row_title: str = ""
     column_title: str = ""
+    form: Callable[[float], str] = number
 
 
 def plot_heat(name: str, title: str, grid: Grid) -> str:
@@ -54,7 +56,7 @@ def plot_heat(name: str, title: str, grid: Grid) -> str:
     labels = [text if len(text) <= LABEL_CHARS else f"{text[: LABEL_CHARS - 1]}…" for text in grid.rows]
     left = LEFT + CHAR * max(0, max(map(len, labels), default=0) - 4)
     wide = (RIGHT - left) / columns
-    told = wide >= CHAR * max((len(number(value)) for value in known), default=0) + 4
+    told = wide >= CHAR * max((len(grid.form(value)) for value in known), default=0) + 4
     tall = 22 if told else 14 if len(grid.rows) <= 16 else 10 if len(grid.rows) < 40 else 7
     top, label = (16 if grid.row_title or grid.column_title else 0), "font: 11px var(--sans); fill: var(--ink)"
     cells: list[list[str]] = [[] for _ in range(SHADES)]
@@ -69,7 +71,7 @@ def plot_heat(name: str, title: str, grid: Grid) -> str:
             if told:
                 ink = "var(--paper)" if shade >= SHADES * 0.6 else "var(--ink)"
                 style = f"font: 11px var(--sans); fill: {ink}"
-                parts.append(_text(x + wide / 2, y + tall / 2 + 3.5, number(value), "middle", style))
+                parts.append(_text(x + wide / 2, y + tall / 2 + 3.5, grid.form(value), "middle", style))
     drawn = [
         f'<path style="fill: var(--student); fill-opacity: {_opacity(shade)}" d="{"".join(paths)}"/>'
         for shade, paths in enumerate(cells)

@@ -1,7 +1,18 @@
 """The parts of the report page: HTML elements with escaped text.
 
 A new section takes three steps: numbers as `Data`, a `figure` or a `table` of them, and `section(title, ...)` in the
-list that `page` is given. Contents, downloads, keyboard focus and printing follow from that.
+list that `page` is given. Contents, downloads, keyboard focus and printing follow from that:
+
+    def times_section(result):
+        if result.get("times") is None:
+            return page.section("Times")                       # without a body: left out
+        lines = [Line(row, found["context"], found["ms"]) for row, found in result["times"].items()]
+        svg = plots.plot_lines("times", "Time by context", lines, "context in tokens", "ms")
+        rows = [[line.row, *pair] for line in lines for pair in zip(line.x, line.y)]
+        data = Data("times", ["row", "context", "ms"], rows)
+        return page.section("Times", page.figure(svg, "Time by context.", data))
+
+A title is used once in a page, and so is the name of a figure and of `Data`.
 """
 
 import csv

@@ -6,13 +6,13 @@ from linearize.benchmarks import page
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.heat import Grid, plot_heat
 from linearize.benchmarks.page import Data, Section
-from linearize.benchmarks.report_format import counted
+from linearize.benchmarks.report_format import DASH, counted, share
 from linearize.benchmarks.summary import percent
 
 __all__ = ["attention_section"]
 
-# Part -> what it is in the original, and in a student.
-PARTS = {"sinks": "sinks", "window": "window", "older": "everything older; in a student, its state"}
+# Part -> what a map of it is called.
+PARTS = {"sinks": "the sinks", "window": "the window", "older": "all that is older (in a student, its state)"}
 
 
 def attention_section(result: dict[str, Any]) -> Section:
@@ -25,7 +25,7 @@ def attention_section(result: dict[str, Any]) -> Section:
     body = []
     for name, row in rows.items():
         bypassed = row["bypassed"]
-        told = "–" if bypassed is None or name == BASELINE else f"{bypassed['heads']} of {bypassed['of']}"
+        told = DASH if bypassed is None or name == BASELINE else f"{bypassed['heads']} of {bypassed['of']}"
         body.append([name, *(percent(row["mean"][part]) for part in PARTS), told, f"{row['window']}, {row['sinks']}"])
     head = ["row", *PARTS, "heads that bypass the state", "window, sinks"]
     sequences = counted(attention["n_sequences"], "sequence")
@@ -39,9 +39,9 @@ def attention_section(result: dict[str, Any]) -> Section:
         page.paragraph(f"Not measured: {missing}.") if missing else "",
         page.figures(*maps),
         page.paragraph(
-            "Means over queries that have something older than the window to look at; the three shares sum to 100 %. "
-            "A head bypasses the state where the original looks back there and the student does not: such a state "
-            "carries nothing, whatever the perplexity says.",
+            "The stronger the colour, the more. Means over queries that have something older than the window to look "
+            "at; the three shares sum to 100 %. A head bypasses the state where the original looks back there and the "
+            "student does not: such a state carries nothing, whatever the perplexity says.",
             "small",
         ),
     )
@@ -50,11 +50,11 @@ def attention_section(result: dict[str, Any]) -> Section:
 def _map(part: str, name: str, layers: list[dict[str, Any]]) -> str:
     labels, values = [str(layer["layer"]) for layer in layers], [layer[part] for layer in layers]
     heads = [str(head) for head in range(max(map(len, values)))]
-    title = f"{name}: share on {part}"
+    title = f"{name}: share on {PARTS[part]}"
     key = f"attention-{part}-{page.slug(name)}"
-    grid = Grid(labels, heads, values, low=0.0, high=1.0, row_title="layers", column_title="heads")
+    grid = Grid(labels, heads, values, low=0.0, high=1.0, row_title="layers", column_title="heads", form=share)
     data = Data(key, ["layer", *(f"head {head}" for head in heads)], [[n, *row] for n, row in zip(labels, values)])
-    return page.figure(plot_heat(key, title, grid), f"{title} ({PARTS[part]}). Stronger is more.", data)
+    return page.figure(plot_heat(key, title, grid), f"{title}.", data)
 
 
 def _data(rows: dict[str, Any]) -> Data:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from linearize.benchmarks.summary import number
 
-__all__ = ["DASH", "counted", "ends", "signed", "span"]
+__all__ = ["DASH", "counted", "ends", "share", "signed", "span"]
 
 DASH = "–"  # not measured, or it cannot be computed
 
@@ -22,6 +22,11 @@ def signed(value: float | None) -> str:
 def counted(count: int, noun: str) -> str:
     """ "1 sequence", "2 sequences"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def share(value: float) -> str:
+    """A share of 1 with two decimals, for the cells of a heat map."""
+    return f"{value:.2f}"
 
 
 def ends(interval: Sequence[float] | None) -> list[float | None]:

@@ -7,7 +7,7 @@ from linearize.benchmarks import page
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.heat import Grid, plot_heat
 from linearize.benchmarks.page import Cell, Data, Section
-from linearize.benchmarks.report_format import counted, span
+from linearize.benchmarks.report_format import counted, share, span
 from linearize.benchmarks.summary import number, percent
 from linearize.benchmarks.verdicts import of_counts, of_interval, tone
 
@@ -104,6 +104,7 @@ def _needle_maps(rows: Sequence[str], needle: dict[str, Any], score: str) -> str
             low=0.0,
             high=1.0,
             column_title="depth",
+            form=share,
         )
         title = "Share of needles found, by length and depth" + (f": {_kind_title(kind)}" if _kind_title(kind) else "")
         svg = plot_heat(f"needles-{score}{index}", title, grid)
@@ -180,7 +181,9 @@ def _recall_map(rows: Sequence[str], probe: str, found: dict[str, Any], score: s
     groups = [(f"{length} tokens", lengths.count(length)) for length in dict.fromkeys(lengths)]
     title = f"{probe}: share of answers {'ranked first' if score == 'first' else 'written'}"
     svg = plot_heat(
-        f"recall-{page.slug(probe)}-{score}", title, Grid(rows, columns, values, groups=groups, low=0.0, high=1.0)
+        f"recall-{page.slug(probe)}-{score}",
+        title,
+        Grid(rows, columns, values, groups=groups, low=0.0, high=1.0, form=share),
     )
     head = ["row", *(f"{cell['length']}, {column}" for cell, column in zip(cells, columns))]
     data = Data(f"recall-{page.slug(probe)}-{score}", head, [[name, *row] for name, row in zip(rows, values)])

@@ -10,7 +10,7 @@ from linearize.benchmarks import page, plots
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.headline import prefills
 from linearize.benchmarks.page import Cell, Data, Section
-from linearize.benchmarks.plots import Line
+from linearize.benchmarks.plots import Line, Point
 from linearize.benchmarks.report_format import DASH, ends, span
 from linearize.benchmarks.summary import number, size
 from linearize.benchmarks.verdicts import of_ranges, tone
@@ -21,8 +21,10 @@ VERDICTS = {"faster": "good", "slower": "bad"}
 
 
 def speed_section(result: dict[str, Any]) -> Section:
-    """Figures of every batch, then tables."""
-    figures = [_figures(result, batch) for batch in result["batches"]] if plots.available() else []
+    """The student's speed-ups, figures of every batch, then tables."""
+    figures = []
+    if plots.available():
+        figures = [page.figures(_speedups(result)), *(_figures(result, batch) for batch in result["batches"])]
     return page.section(
         "Speed and memory",
         *figures,
@@ -54,6 +56,29 @@ def _where(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def _where_titles(result: dict[str, Any]) -> list[str]:
     """Context, and batch where there are several."""
     return ["context", "batch"] if len(result["batches"]) > 1 else ["context"]
+
+
+def _speedups(result: dict[str, Any]) -> str:
+    """How many times as fast as the original the student decodes, at every context and batch."""
+    pairs = [pair for pair in result["comparisons"] if pair["row"] == STUDENT]
+    if not pairs:
+        return ""
+    pairs.sort(key=lambda pair: (pair["batch"], pair["context"]))
+    points = [
+        Point(STUDENT, pair["speedup"]["p50"], _interval(pair), ", batch ".join(_where(result, pair))) for pair in pairs
+    ]
+    title = "Speed-up of the student over the original while decoding"
+    places = "context and batch" if len(result["batches"]) > 1 else "context"
+    rows = [[pair["context"], pair["batch"], point.value, *ends(point.ci95)] for pair, point in zip(pairs, points)]
+    data = Data("speed-ups", ["context", "batch", "speed-up", "low", "high"], rows)
+    svg = plots.plot_intervals("speedups", title, points, "times as fast; right is better", 1)
+    return page.figure(svg, f"{title}, by {places}. At the line: as fast as the original.", data)
+
+
+def _interval(pair: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % interval of a speed-up; the range of the repeats where there is none."""
+    low, high = pair["speedup"]["ci95"] or (pair["speedup"]["min"], pair["speedup"]["max"])
+    return low, high
 
 
 def _figures(result: dict[str, Any], batch: int) -> str:
@@ -136,10 +161,9 @@ def _time_table(result: dict[str, Any]) -> str:
         if pair is None:
             line.append(DASH)
         else:
-            ratio = pair["speedup"]
-            interval = ratio["ci95"] or (ratio["min"], ratio["max"])
-            speedup = [ratio["p50"], *ends(interval)]
-            line.append(Cell(f"{number(ratio['p50'])} ({span(interval)})", VERDICTS.get(pair["verdict"], "")))
+            middle, interval = pair["speedup"]["p50"], _interval(pair)
+            speedup = [middle, *ends(interval)]
+            line.append(Cell(f"{number(middle)} ({span(interval)})", VERDICTS.get(pair["verdict"], "")))
         body.append([*line, f"{cell['repeats']}{', compiled again' if cell['recompiles'] else ''}"])
         rows.append(
             [cell["row"], cell["mode"], cell["context"], cell["batch"]]

@@ -77,7 +77,7 @@ def test_page_is_valid_and_needs_nothing_else(text):
     assert "@font-face" not in text
     clips = set(re.findall(r"url\(#([^)]+)\)", text))
     assert clips <= set(page.ids)
-    assert page.tags.count("svg") == 15
+    assert page.tags.count("svg") == 16
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r" on[a-z]+=", re.sub(r"<style>.*?</style>|>[^<]*<", "><", text, flags=re.S))
@@ -178,7 +178,7 @@ def test_tables_of_figures_equal_the_results(results, text):
     needles = page.files["needles-greedy.csv"]
     student = [float(row[-1]) for row in needles[1:] if row[0] == "student"]
     assert student == [cell["greedy"] for cell in quality["needle"]["rows"]["student"]["cells"]]
-    assert len(page.files) == text.count(" download=") == 23  # no name twice
+    assert len(page.files) == text.count(" download=") == 24  # no name twice
 
 
 def test_losses_are_marked_in_tables(text):

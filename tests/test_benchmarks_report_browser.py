@@ -150,7 +150,7 @@ def test_page_in_a_browser(text, tmp_path, width, dark):
     assert found["console"] == []
     assert found["loaded"] == []
     assert found["page"] <= width
-    assert (found["pictures"], found["unnamed"]) == (15, 0)
+    assert (found["pictures"], found["unnamed"]) == (16, 0)
     assert found["boxes"] > 20
     assert found["unreachable"] == found["unmarked"] == []
     assert found["faint"] == {}

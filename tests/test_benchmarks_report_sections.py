@@ -282,7 +282,10 @@ class TestSpeed:
             bench[part] += [{**one, "batch": 8} for one in second[part]]
         bench["batches"] = [1, 8]
         found = read(speed_section(bench))
-        assert found.tags.count("svg") == 6
+        assert found.tags.count("svg") == 7
+        assert [row[:2] for row in found.files["speed-ups.csv"][1:]] == [
+            [context, batch] for batch in ("1", "8") for context in ("512", "2048")
+        ]
         assert "Time per token while decoding, batch 8" in found.text
         rows = found.files["decode-batch-8.csv"]
         assert rows[0] == ["row", "context", "ms per token", "low", "high"]
