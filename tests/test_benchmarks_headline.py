@@ -94,6 +94,14 @@ def test_batches_are_told_apart(monkeypatch):
     assert "the student's are 256 MiB" in found["Cache at 8192 tokens, batch 1"].basis
 
 
+def test_spare_room_of_a_preallocated_cache_is_nobodys_merit(monkeypatch):
+    result = as_schema_2(fabricate_bench(monkeypatch, TIMES))
+    for cell in result["cells"]:
+        if cell["mode"] == "static":
+            cell["cache_bytes"] = {"total": 2**40}
+    assert topics(headline(None, result))["Cache at 8192 tokens"].text.endswith("4.77 MiB against 360 MiB")
+
+
 def test_prefills_of_lengths_asked_for_count(monkeypatch):
     result = batched(fabricate_bench(monkeypatch, TIMES))
     for row, middle in (("student", 900.0), ("original", 300.0)):
@@ -134,9 +142,9 @@ def test_perplexity_that_is_not_finite():
 
 def test_every_text_at_its_longest_context():
     result = fabricate_evaluation(NLL)
-    worse = fabricate_evaluation({**NLL, "student": 3.8}, seq_len=513)
+    worse = fabricate_evaluation({**NLL, "student": 3.8}, seq_len=1025)
     result["texts"] = {
-        "a": {"257": result["perplexity"], "513": worse["perplexity"]},
+        "a": {"257": result["perplexity"], "1025": worse["perplexity"]},  # the longest, and the first in the alphabet
         "b": {"257": fabricate_evaluation({**NLL, "student": 2.9})["perplexity"]},
     }
     found = topics(headline(result, None))
