@@ -1,27 +1,116 @@
-"""The parts of the report page: HTML elements with escaped text, and the stylesheet."""
+"""The parts of the report page: HTML elements with escaped text.
 
+A new section takes three steps: numbers as `Data`, a `figure` or a `table` of them, and `section(title, ...)` in the
+list that `page` is given. Contents, downloads, keyboard focus and printing follow from that:
+
+    def times_section(result):
+        if result.get("times") is None:
+            return page.section("Times")                       # without a body: left out
+        lines = [Line(row, found["context"], found["ms"]) for row, found in result["times"].items()]
+        svg = plots.plot_lines("times", "Time by context", lines, "context in tokens", "ms")
+        rows = [[line.row, *pair] for line in lines for pair in zip(line.x, line.y)]
+        data = Data("times", ["row", "context", "ms"], rows)
+        return page.section("Times", page.figure(svg, "Time by context.", data))
+
+A title is used once in a page, and so is the name of a figure and of `Data`.
+"""
+
+import csv
 import html
+import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import Template
+from urllib.parse import quote
 
-from linearize.benchmarks.summary import Sentence
+from linearize.benchmarks.headline import Claim
+from linearize.benchmarks.page_style import STYLE
+from linearize.benchmarks.summary import Sentence, number
 
 __all__ = [
+    "Cell",
+    "Data",
+    "Section",
+    "claims",
     "definitions",
     "details",
     "figure",
+    "figures",
     "page",
     "paragraph",
     "preformatted",
     "section",
     "sentences",
+    "slug",
     "subsection",
     "table",
 ]
 
 # What a sentence's mark says to those who do not see it.
 TONES = {"good": ("+", "good: "), "bad": ("−", "bad: "), "open": ("?", "undecided: "), "note": ("·", "note: ")}
+# What a claim's tone is called, in words for everyone.
+VERDICTS = {
+    "good": "+ better",
+    "bad": "− worse",
+    "open": "= no difference measured",
+    "unclear": "? cannot tell",
+    "missing": "· not measured",
+}
+# The mark after a number in a table: a sign besides the colour, and words for those who see neither.
+MARKS = {"good": ("✓", ", better than the original"), "bad": ("✗", ", worse than the original")}
+
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: its text, and how it compares with the original.
+
+    `tone` is `"good"`, `"bad"`, or empty where no difference was measured or there is nothing to compare with.
+    """
+
+    text: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Numbers as they are, for a download and for the table below a figure.
+
+    Attributes:
+        name: of the file, without its ending; letters, digits and dashes.
+        head: column titles.
+        rows: one value a column; None for what is not known.
+    """
+
+    name: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Value]]
+
+    def csv(self) -> str:
+        """Comma-separated, every number with all its digits, None as an empty field."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([self.head, *self.rows])
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with a heading of its own; `anchor` is what the table of contents leads to."""
+
+    title: str
+    body: str
+
+    @property
+    def anchor(self) -> str:
+        return slug(self.title)
+
+
+def slug(text: str) -> str:
+    """A title as an id or a file name: lower case, dashes for all but letters and digits."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def escape(text: str) -> str:
@@ -29,10 +118,9 @@ def escape(text: str) -> str:
     return html.escape(re.sub(r"(?<=\d) (?=(?:%|ms|bytes|KiB|MiB|GiB)(?!\w))", "\N{NO-BREAK SPACE}", text))
 
 
-def section(title: str, *parts: str) -> str:
-    """A heading and what follows; nothing at all without parts."""
-    body = "\n".join(part for part in parts if part)
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+def section(title: str, *parts: str) -> Section:
+    """A heading and what follows. Without parts `page` leaves it out."""
+    return Section(title, "\n".join(part for part in parts if part))
 
 
 def subsection(title: str, *parts: str) -> str:
@@ -59,32 +147,92 @@ def sentences(found: Sequence[Sentence]) -> str:
     return f'<ul class="findings">\n{"".join(items)}\n</ul>' if items else ""
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], strong: str = "") -> str:
-    """A table in a container of its own that scrolls sideways on a narrow screen.
+def claims(found: Sequence[Claim]) -> str:
+    """The headline's numbers, each with its verdict in words and what it was measured on."""
+    items = []
+    for claim in found:
+        value = f'<strong class="value">{escape(claim.value)}</strong> ' if claim.value else ""
+        basis = f'<p class="basis">{escape(claim.basis)}</p>' if claim.basis else ""
+        items.append(
+            f'<li class="{claim.tone}"><h3>{escape(claim.topic)}</h3>'
+            f'<p class="verdict">{VERDICTS[claim.tone]}</p>'
+            f"<p>{value}{escape(claim.text)}</p>{basis}</li>"
+        )
+    return f'<ul class="claims">\n{"".join(items)}\n</ul>' if items else ""
+
+
+def table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]], strong: str = "", data: Data | None = None
+) -> str:
+    """A table in a box of its own that scrolls sideways on a narrow screen and can be reached with the keyboard.
 
     Args:
         caption: what it shows.
         head: column titles.
-        rows: as many texts each; the first is the row's title.
+        rows: as many cells each; the first is the row's title.
         strong: rows with this title are set off.
+        data: the same numbers with all their digits, offered as a file.
     """
     title = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     body = []
     for first, *rest in rows:
-        css = ' class="strong"' if first == strong else ""
-        cells = "".join(f"<td>{escape(text)}</td>" for text in rest)
-        body.append(f'<tr{css}><th scope="row">{escape(first)}</th>{cells}</tr>')
+        text = first.text if isinstance(first, Cell) else first
+        css = ' class="strong"' if text == strong else ""
+        body.append(f'<tr{css}><th scope="row">{escape(text)}</th>{"".join(map(_cell, rest))}</tr>')
+    link = "" if data is None else f" {_download(data)}"
     # The caption stands outside: inside, it would be as wide as the table and scroll away with it.
     return (
-        f'<p class="caption">{escape(caption)}</p>\n'
+        f'<figure class="tabular"><figcaption>{escape(caption)}{link}</figcaption>\n'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>\n'
-        f"<thead><tr>{title}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
+        f"<thead><tr>{title}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div></figure>"
     )
 
 
-def figure(svg: str, caption: str) -> str:
-    """A plot with its caption. `svg` is trusted: it comes from `linearize.benchmarks.plots`."""
-    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+def _cell(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    if not cell.tone:
+        return f"<td>{escape(cell.text)}</td>"
+    mark, spoken = MARKS[cell.tone]
+    return (
+        f'<td class="{cell.tone}">{escape(cell.text)}<span class="sign" aria-hidden="true">{mark}</span>'
+        f'<span class="spoken">{spoken}</span></td>'
+    )
+
+
+def _download(data: Data) -> str:
+    """A link that saves the numbers as a file; they are in the page itself."""
+    name = f"{data.name}.csv"
+    return f'<a class="save" download="{name}" href="data:text/csv;charset=utf-8,{quote(data.csv())}">{name}</a>'
+
+
+def figure(svg: str, caption: str, data: Data | None = None) -> str:
+    """A plot with its caption, and its numbers as a table and as a file.
+
+    Args:
+        svg: trusted; it comes from `linearize.benchmarks.plots` or `linearize.benchmarks.heat`. It has its own title
+            and description.
+        caption: what it shows.
+        data: what it was drawn from.
+    """
+    below = ""
+    if data is not None:
+        rows = [[_shown(value) for value in row] for row in data.rows]
+        below = "\n" + details("The same as numbers", table(caption, data.head, rows, data=data), css="data")
+    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>{below}\n</figure>"
+
+
+def _shown(value: Value) -> str:
+    """Whole numbers in full, others with three digits."""
+    if isinstance(value, int):
+        return str(value).replace("-", "−")
+    return number(value) if isinstance(value, float) or value is None else value
+
+
+def figures(*found: str) -> str:
+    """Figures side by side where there is room; nothing at all without figures."""
+    body = "\n".join(part for part in found if part)
+    return f'<div class="plots">\n{body}\n</div>' if body else ""
 
 
 def definitions(pairs: Sequence[tuple[str, str]]) -> str:
@@ -95,18 +243,39 @@ def definitions(pairs: Sequence[tuple[str, str]]) -> str:
 
 def preformatted(summary: str, text: str) -> str:
     """A text as it stands in a file, folded away under a line that opens it."""
-    return f"<details><summary>{escape(summary)}</summary>\n<pre>{escape(text)}</pre></details>"
+    box = f'<pre class="scroll" tabindex="0" role="region" aria-label="{escape(summary)}">{escape(text)}</pre>'
+    return details(summary, box)
 
 
-def details(summary: str, body: str) -> str:
-    """Elements folded away under a line that opens them."""
-    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
+def details(summary: str, body: str, css: str = "") -> str:
+    """Elements folded away under a line that opens them. Those of the class `data` are left out in print."""
+    attribute = f' class="{escape(css)}"' if css else ""
+    return f"<details{attribute}><summary>{escape(summary)}</summary>\n{body}\n</details>"
 
 
-def page(title: str, subtitle: str, body: Sequence[str]) -> str:
-    """The whole document. Needs nothing from outside: no script, no font, no image."""
+def page(title: str, subtitle: str, description: str, sections: Sequence[Section]) -> str:
+    """The whole document. Needs nothing from outside: no script, no font, no image.
+
+    Args:
+        title: of the page.
+        subtitle: the line below it.
+        description: one sentence for those who list the page; browsers do not show it.
+        sections: those without a body are left out.
+    """
+    shown = [part for part in sections if part.body]
+    links = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in shown)
+    body = "\n".join(
+        f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-title">\n'
+        f'<h2 id="{part.anchor}-title">{escape(part.title)}</h2>\n{part.body}\n</section>'
+        for part in shown
+    )
     return PAGE.substitute(
-        title=escape(title), subtitle=escape(subtitle), style=STYLE, body="\n".join(part for part in body if part)
+        title=escape(title),
+        subtitle=escape(subtitle),
+        description=escape(description),
+        style=STYLE,
+        links=links,
+        body=body,
     )
 
 
@@ -116,99 +285,20 @@ PAGE = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+<meta name="description" content="$description">
 <title>$title</title>
 <style>$style</style>
 </head>
 <body>
-<main>
+<a class="skip" href="#content">Skip to the results</a>
 <header>
 <h1>$title</h1>
 <p class="lead">$subtitle</p>
 </header>
+<nav aria-label="Contents"><ul>$links</ul></nav>
+<main id="content" tabindex="-1">
 $body
 </main>
 </body>
 </html>
 """)
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fdfcf9; --raised: #f5f3ec; --ink: #1f1e1b; --soft: #66625a; --grid: #d9d5ca;
-  --good: #1d6f42; --bad: #a8321f; --open: #8a6100;
-  --original: #55524b; --control: #2f6db3; --window-sinks: #b26a00; --student: #b0234b;
-  --state-off: #7a4fb0; --window-off: #12807a; --other: #8a857a;
-  --serif: Charter, "Bitstream Charter", "Iowan Old Style", "Sitka Text", Cambria, Georgia, serif;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #171614; --raised: #211f1c; --ink: #e9e6df; --soft: #a49f94; --grid: #3c3933;
-    --good: #74c793; --bad: #f0907d; --open: #dfb356;
-    --original: #bdb8ac; --control: #7fb2ea; --window-sinks: #e5a44a; --student: #f2839f;
-    --state-off: #bb9bea; --window-off: #5cc5bd; --other: #8f897d;
-  }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 1.0625rem/1.55 var(--serif); }
-main { max-width: 62rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 3.5rem) clamp(1rem, 4vw, 2.5rem) 4rem; }
-h1 { font-size: clamp(1.6rem, 1.2rem + 2vw, 2.4rem); line-height: 1.15; letter-spacing: -0.012em; font-weight: 600;
-  margin: 0; text-wrap: balance; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; line-height: 1.25; font-weight: 600; margin: 0 0 0.9rem; }
-h3 { font: 600 0.95rem/1.4 var(--sans); color: var(--soft); margin: 1.25rem 0 0.3rem; }
-section { margin-top: 2.75rem; padding-top: 1.25rem; border-top: 1px solid var(--grid); }
-p { margin: 0 0 0.9rem; max-width: 42rem; text-wrap: pretty; }
-.lead { color: var(--soft); margin-top: 0.6rem; overflow-wrap: anywhere; }
-.small { font: 0.85rem/1.5 var(--sans); color: var(--soft); }
-.findings { list-style: none; margin: 0 0 1rem; padding: 0; max-width: 46rem; }
-.findings li { display: flex; gap: 0.7rem; padding: 0.35rem 0; }
-.findings li > span:last-child { text-wrap: pretty; }
-.mark { flex: none; width: 1.4rem; height: 1.4rem; margin-top: 0.12rem; border-radius: 50%; border: 1px solid;
-  font: 600 0.85rem/1.3rem var(--sans); text-align: center; }
-.good .mark { color: var(--good); }
-.bad .mark { color: var(--bad); }
-.open .mark { color: var(--open); }
-.note { color: var(--soft); }
-.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-.scroll { overflow-x: auto; margin: 0 0 1.5rem; }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--control); outline-offset: 2px; }
-table { border-collapse: collapse; font: 0.875rem/1.4 var(--sans); font-variant-numeric: tabular-nums lining-nums;
-  min-width: 100%; }
-.caption { font: 0.875rem/1.45 var(--sans); color: var(--soft); margin: 1rem 0 0.4rem; }
-th, td { padding: 0.42rem 0 0.42rem 1.25rem; text-align: right; white-space: nowrap; }
-thead th { font-weight: 500; color: var(--soft); border-bottom: 1px solid var(--ink); vertical-align: bottom;
-  white-space: normal; min-width: 4.2rem; }
-tbody tr + tr > * { border-top: 1px solid var(--grid); }
-th:first-child { text-align: left; padding-left: 0; padding-right: 0.5rem; position: sticky; left: 0;
-  background: var(--paper); font-weight: 500; }
-.strong > *, .strong > th:first-child { font-weight: 700; }
-.plots { display: grid; margin: 1.25rem 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 1.5rem 2rem; }
-figure { margin: 0; min-width: 0; }
-figure { margin-bottom: 1rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 30rem; }
-figcaption { font: 0.85rem/1.45 var(--sans); color: var(--soft); max-width: 30rem;
-  margin-top: 0.3rem; }
-dl { font: 0.875rem/1.5 var(--sans); margin: 0 0 1.25rem; }
-dl div { display: grid; grid-template-columns: 9rem 1fr; gap: 0 1rem; padding: 0.3rem 0;
-  border-bottom: 1px solid var(--grid); }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-details { margin: 0 0 1rem; }
-summary { cursor: pointer; font: 0.95rem/1.5 var(--sans); }
-pre { font: 0.8rem/1.5 var(--mono); background: var(--raised); padding: 0.9rem 1rem; border-radius: 4px;
-  overflow-x: auto; }
-@media (max-width: 30rem) {
-  body { font-size: 1rem; }
-  th, td { padding-left: 0.9rem; }
-  /* Long row titles would leave no room to scroll under. */
-  th:first-child { max-width: 7.5rem; white-space: normal; }
-  dl div { grid-template-columns: 1fr; }
-}
-@media print {
-  .scroll { overflow: visible; }
-  section, figure, tr { break-inside: avoid; }
-}
-"""

@@ -1,7 +1,8 @@
-"""The report's plots as inline SVG, drawn with matplotlib where it is installed; heat maps without it.
+"""The report's line plots as inline SVG, drawn with matplotlib where it is installed.
 
 Colours are placeholders in matplotlib and CSS variables in the SVG, so that a plot follows the page into dark mode.
-Figures are as wide as a phone's column, so that their text stays readable where they are shown smallest.
+Text stays text, in the page's font: it can be read aloud, searched and selected, and keeps files small. Figures are as
+wide as a phone's column, so that their text stays readable where they are shown smallest.
 """
 
 import html
@@ -9,23 +10,14 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
-from linearize.benchmarks.summary import CONTROL, STATE_OFF, WINDOW_OFF, WINDOW_SINKS
-from linearize.benchmarks.training_log import HeatMap
+from linearize.benchmarks.summary import CONTROL, STATE_OFF, WINDOW_OFF, WINDOW_SINKS, number
 
-__all__ = [
-    "COLORS",
-    "attention_map",
-    "available",
-    "plot_cache",
-    "plot_curve",
-    "plot_decode",
-    "plot_heat",
-    "plot_positions",
-]
+__all__ = ["COLORS", "Line", "Point", "available", "plot_curve", "plot_intervals", "plot_lines"]
 
 # CSS variable -> the placeholder that matplotlib draws with. No two alike, none used by matplotlib itself.
 COLORS = {
@@ -38,19 +30,59 @@ COLORS = {
     "--state-off": "#010107",
     "--window-off": "#010108",
     "--other": "#010109",
+    "--trained": "#01010a",
 }
 # Row -> colour, line style and marker: rows differ without colour too.
 STYLES = {
     BASELINE: ("--original", "-", "o"),
     CONTROL: ("--control", "--", "s"),
     WINDOW_SINKS: ("--window-sinks", "-.", "^"),
+    f"{WINDOW_SINKS}, trained": ("--trained", "-.", "<"),
     STUDENT: ("--student", "-", "D"),
     STATE_OFF: ("--state-off", ":", "v"),
     WINDOW_OFF: ("--window-off", ":", "P"),
 }
 OTHER = ("--other", "--", "x")
-WIDTH, HEIGHT = 4.6, 3.1
-SHADES = 10  # of a heat map
+WIDTH, HEIGHT = 4.6, 3.3
+LABEL_HEIGHT = 0.056  # of one line of a label, in parts of the axes' height
+LABEL_CHARS = 16  # beside a line; longer labels are broken after a comma or a space
+AXES_WIDTH = 195.0  # about, in points, beside labels
+DIGIT_WIDTH = 6.5  # of ticks, in points
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        row: whose it is; gives the colour, line style and marker.
+        x, y: its points, in order of x.
+        low, high: ends of the interval at each point; none are drawn without them.
+        label: what stands beside it; the row's name where empty.
+        hollow: set off from another line of the same row by dashes and hollow markers.
+    """
+
+    row: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    label: str = ""
+    hollow: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.label or self.row
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of `plot_intervals`: a value and the ends of its interval, None without one."""
+
+    row: str
+    value: float
+    ci95: Sequence[float] | None
+    label: str = ""
 
 
 def available() -> bool:
@@ -58,26 +90,29 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _style(row: str) -> dict[str, Any]:
+def _style(row: str, hollow: bool = False) -> dict[str, Any]:
     color, line, marker = STYLES.get(row, OTHER)
-    return {"color": COLORS[color], "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.5}
+    style = {"color": COLORS[color], "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.5}
+    return style | {"linestyle": "--", "markerfacecolor": "none"} if hollow else style
 
 
-def _svg(name: str, label: str, draw: Callable[[Any], None]) -> str:
+def _svg(name: str, title: str, description: str, draw: Callable[[Any], None], height: float = HEIGHT) -> str:
     """Draw on one pair of axes and return the SVG element.
 
     Args:
         name: prefix of every id in the SVG; several SVGs in one page must not share any.
-        label: what the plot shows, for those who cannot see it.
+        title, description: what the plot shows, for those who cannot see it.
         draw: given the axes.
+        height: in inches.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     ink, grid = COLORS["--ink"], COLORS["--grid"]
     settings = {
-        "svg.fonttype": "path",
+        "svg.fonttype": "none",
         "svg.hashsalt": name,
+        "text.parse_math": False,  # a row's name may hold dollars
         "font.size": 10,
         "axes.edgecolor": grid,
         "axes.labelcolor": ink,
@@ -92,36 +127,36 @@ def _svg(name: str, label: str, draw: Callable[[Any], None]) -> str:
         "ytick.color": grid,
         "xtick.labelcolor": ink,
         "ytick.labelcolor": ink,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.handlelength": 2.6,
     }
     # rc_context, and a figure without pyplot: a user's own settings and backend stay what they are.
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     with matplotlib.rc_context({**defaults, **settings}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), name, label)
+    return _inline(buffer.getvalue(), name, title, description)
 
 
-def _inline(svg: str, name: str, label: str) -> str:
-    """A whole SVG document -> an element for a page: own ids, CSS colours, a label, no fixed size."""
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """A whole SVG document -> an element for a page: own ids, CSS colours and font, a title, no fixed size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r"(font: [\d.]+px |font-family: )[^;\"]+", r"\1var(--sans)", svg)
     for variable, placeholder in COLORS.items():
         svg = svg.replace(placeholder, f"var({variable})")
     # matplotlib's stylesheet names every element of the page; its two properties go on the root instead.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
     view = re.search(r'viewBox="[^"]+"', svg)
     assert view is not None, "matplotlib writes a viewBox"
-    root = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} '
-    root += f'role="img" aria-label="{label}" stroke-linejoin="round" stroke-linecap="butt">'
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} role="img" '
+    root += f'aria-labelledby="{name}-title {name}-desc" stroke-linejoin="round" stroke-linecap="butt">'
+    root += f'<title id="{name}-title">{html.escape(title)}</title>'
+    root += f'<desc id="{name}-desc">{html.escape(description)}</desc>'
     return root + svg[svg.index(">") + 1 :].strip()
 
 
@@ -140,37 +175,177 @@ def _plain_ticks(axis: Any, ticks: Sequence[float] | None = None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Any, rows: int) -> None:
-    """Above the plot, where it covers no line."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if rows > 1 else 1, borderaxespad=0.2)
+def legible(ticks: Sequence[float], low: float, high: float) -> list[float]:
+    """Those of the ticks, from the largest down, whose labels do not touch on a logarithmic axis from low to high."""
+    kept: list[float] = []
+    for tick in sorted(ticks, reverse=True):
+        widths = [DIGIT_WIDTH * (len(f"{value:g}") + 1) for value in (tick, kept[-1] if kept else tick)]
+        apart = AXES_WIDTH * math.log(kept[-1] / tick) / max(math.log(high / low), 1e-9) if kept else math.inf
+        if apart >= sum(widths) / 2:
+            kept.append(tick)
+    return kept[::-1]
 
 
-def plot_positions(perplexity: dict[str, Any]) -> str:
-    """Perplexity by position in the sequence; both axes logarithmic."""
+def _broken(label: str, chars: int = LABEL_CHARS) -> str:
+    """A label of more than `chars` in two lines, broken after its last comma, or at its last space."""
+    if len(label) <= chars or " " not in label:
+        return label
+    cut = label.rfind(", ") + 1 or label.rfind(" ", 0, chars + 1)
+    return label if cut <= 0 else f"{label[:cut].rstrip()}\n{label[cut:].lstrip()}"
+
+
+def spread_labels(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
+    """Middles of labels, as near to the wanted ones as they come without overlap, from `low` to `high`.
+
+    Args:
+        wanted, heights: one a label, in any order.
+        low, high: where labels may stand; too many of them reach beyond `low`.
+    """
+    order = sorted(range(len(wanted)), key=lambda index: (wanted[index], index))
+    # Groups of touching labels, each centred on the mean of what its members want.
+    groups: list[tuple[list[int], float]] = []
+    for index in order:
+        members, bottom = [index], wanted[index] - heights[index] / 2
+        while True:
+            total = sum(heights[i] for i in members)
+            bottom = max(min(bottom, high - total), low)
+            if not groups or groups[-1][1] + sum(heights[i] for i in groups[-1][0]) <= bottom + 1e-9:
+                break
+            members = groups.pop()[0] + members
+            offsets, at = [], 0.0
+            for i in members:
+                offsets.append(wanted[i] - at - heights[i] / 2)
+                at += heights[i]
+            bottom = sum(offsets) / len(offsets)
+        groups.append((members, bottom))
+    places = [0.0] * len(wanted)
+    for members, bottom in groups:
+        for index in members:
+            places[index] = bottom + heights[index] / 2
+            bottom += heights[index]
+    return places
+
+
+def _label_lines(axes: Any, lines: Sequence[Line]) -> None:
+    """Names beside the ends of lines, in their colours, moved apart where they would overlap."""
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform((line.x[-1], line.y[-1])) for line in lines]
+    labels = [_broken(line.name) for line in lines]
+    heights = [LABEL_HEIGHT * (1 + label.count("\n")) for label in labels]
+    places = spread_labels([float(end[1]) for end in ends], heights, -0.12, 1.06)
+    for line, label, end, place in zip(lines, labels, ends, places):
+        color = _style(line.row)["color"]
+        axes.annotate(
+            label,
+            xy=(float(end[0]), float(end[1])),
+            xytext=(1.06, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=9,
+            linespacing=1.05,
+            color=color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": color, "shrinkA": 1, "shrinkB": 3},
+        )
+
+
+def plot_lines(
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    ticks: Sequence[float] | None = None,
+) -> str:
+    """Lines over logarithmic axes, each with its name beside it, with its intervals where it has them.
+
+    Args:
+        name: of the figure; see `_svg`.
+        title: what it shows.
+        lines: at least one; those without a point are left out.
+        x_label, y_label: of the axes, with units.
+        ticks: where the x axis is labelled, as far as there is room; by itself where None.
+
+    Raises:
+        ValueError: a number that is not above 0, for which such an axis has no place.
+    """
+    shown = [line for line in lines if len(line.x)]
+    for line in shown:
+        if min((*line.x, *line.y, *(line.low or ()))) <= 0:
+            raise ValueError(f"{name}: {line.name} has a number that is not above 0")
 
     def draw(axes: Any) -> None:
-        shown = 0
-        for name, row in perplexity["rows"].items():
-            bins = [b for b in row["by_position"] if b["ppl"] is not None]
-            if bins:
-                # A bin stands at its geometric middle.
-                middles = [(b["start"] * b["end"]) ** 0.5 for b in bins]
-                axes.plot(middles, [b["ppl"] for b in bins], label=name, **_style(name))
-                shown += 1
+        for line in shown:
+            bars = None
+            if line.low is not None and line.high is not None:
+                bars = [
+                    [max(y - low, 0.0) for y, low in zip(line.y, line.low)],
+                    [max(high - y, 0.0) for y, high in zip(line.y, line.high)],
+                ]
+            axes.errorbar(
+                line.x, line.y, yerr=bars, capsize=2, elinewidth=0.8, **_style(line.row, line.hollow), label=line.name
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        edges = [b["start"] for b in next(iter(perplexity["rows"].values()))["by_position"]]
-        _plain_ticks(axes.xaxis, [*edges[1:], perplexity["seq_len"]] if len(edges) > 1 else None)
+        within = [x for line in shown for x in line.x]
+        _plain_ticks(axes.xaxis, None if ticks is None else legible(ticks, min(within), max(within)))
         _plain_ticks(axes.yaxis)
-        axes.set_xlabel("tokens before the predicted one")
-        axes.set_ylabel("perplexity")
-        if shown:
-            _legend(axes, shown)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _label_lines(axes, shown)
 
-    return _svg("positions", "Perplexity by position, one line a row", draw)
+    said = " ".join(
+        f"{line.name}: {number(line.y[0])} at {line.x[0]:g}"
+        + (f", {number(line.y[-1])} at {line.x[-1]:g}." if len(line.x) > 1 else ".")
+        for line in shown
+    )
+    return _svg(name, title, f"{y_label} over {x_label}, both logarithmic. {said}", draw)
 
 
-def plot_curve(name: str, tokens: Sequence[float], values: Sequence[float], label: str, logarithmic: bool) -> str:
+def plot_intervals(name: str, title: str, points: Sequence[Point], x_label: str, neutral: float) -> str:
+    """Values with their intervals, one below the other, beside a line at "no difference".
+
+    Args:
+        name: of the figure; see `_svg`.
+        title: what it shows.
+        points: from the top.
+        x_label: of the axis, with its unit.
+        neutral: 0 for differences, 1 for ratios.
+    """
+
+    def draw(axes: Any) -> None:
+        places = range(len(points), 0, -1)
+        for place, point in zip(places, points):
+            bars = None
+            if point.ci95 is not None:
+                low, high = point.ci95
+                bars = [[max(point.value - low, 0.0)], [max(high - point.value, 0.0)]]
+            style = _style(point.row) | {"linestyle": "none", "markersize": 5}
+            axes.errorbar([point.value], [place], xerr=bars, capsize=3, elinewidth=1.2, **style)
+        axes.axvline(neutral, color=COLORS["--ink"], linewidth=0.8, zorder=1)
+        axes.set_yticks(list(places), [_broken(point.label or point.row, 22) for point in points])
+        axes.set_ylim(0.4, len(points) + 0.6)
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(x_label)
+
+    said = " ".join(
+        f"{point.label or point.row}: {number(point.value)}"
+        + ("." if point.ci95 is None else f" ({number(point.ci95[0])} to {number(point.ci95[1])}).")
+        for point in points
+    )
+    return _svg(name, title, said, draw, height=0.75 + 0.33 * len(points))
+
+
+def plot_curve(
+    name: str, title: str, tokens: Sequence[float], values: Sequence[float], label: str, logarithmic: bool
+) -> str:
     """One number of a stage over the tokens read; `logarithmic` where it is above 0 throughout."""
 
     def draw(axes: Any) -> None:
@@ -183,162 +358,5 @@ def plot_curve(name: str, tokens: Sequence[float], values: Sequence[float], labe
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
 
-    return _svg(name, f"{label} by tokens read", draw)
-
-
-def plot_heat(name: str, heat: HeatMap) -> str:
-    """Losses of layers over the tokens read, the darker the higher, in `SHADES` equal steps of the logarithm.
-
-    Written by hand, because matplotlib has no colours that follow the page's theme, and no element for many cells.
-    """
-    known = [loss for losses in heat.losses for loss in losses if loss is not None]
-    low, high = (min(known), max(known)) if known else (1.0, 1.0)
-    steps = max(math.log(high / low), 1e-9)
-    columns = len(heat.edges) - 1
-    row, left, right, label = 10 if len(heat.layers) < 40 else 7, 26, 440, "font: 10px var(--sans); fill: var(--ink)"
-    wide, bottom = (right - left) / columns, row * len(heat.layers)
-    cells: list[list[str]] = [[] for _ in range(SHADES)]
-    for index, losses in enumerate(heat.losses):
-        for column, loss in enumerate(losses):
-            if loss is not None:
-                shade = min(int(SHADES * math.log(loss / low) / steps), SHADES - 1)
-                cells[shade].append(f"M{left + wide * column:.2f} {row * index}h{wide:.2f}v{row}h-{wide:.2f}z")
-    parts = [
-        f'<path style="fill: var(--student); fill-opacity: {_opacity(shade)}" d="{"".join(drawn)}"/>'
-        for shade, drawn in enumerate(cells)
-        if drawn
-    ]
-    every = max(1, -(-len(heat.layers) // 12))
-    for index, layer in list(enumerate(heat.layers))[::every]:
-        parts.append(_text(left - 5, row * index + row - 1, html.escape(layer), "end", label))
-    first, last = (f"{edge:,.0f}".replace(",", " ") for edge in (heat.edges[0], heat.edges[-1]))
-    parts.append(_text(left, bottom + 13, first, "start", label))
-    parts.append(_text(right, bottom + 13, f"{last} tokens", "end", label))
-    parts.append(_text(left, bottom + 34, f"{low:.3g}", "start", label))
-    for shade in range(SHADES):
-        style = f"fill: var(--student); fill-opacity: {_opacity(shade)}"
-        parts.append(f'<path style="{style}" d="M{left + 56 + 16 * shade} {bottom + 25}h16v10h-16z"/>')
-    parts.append(_text(left + 62 + 16 * SHADES, bottom + 34, f"{high:.3g}", "start", label))
-    said = f"Loss of {len(heat.layers)} layers over {columns} spans of tokens, from {low:.3g} to {high:.3g}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 4} {bottom + 40}" role="img" id="{name}" '
-        f'aria-label="{said}">{"".join(parts)}</svg>'
-    )
-
-
-def attention_map(attention: dict[str, Any], rows: Sequence[str], part: str = "older", name: str = "attention") -> str:
-    """How much attention each head of each layer gives to one part, one panel a row of the comparison, the darker the
-    more, in `SHADES` equal steps from 0 to 1.
-
-    Beside the original's, a student's panel of what is `"older"` than the window shows whether its state is read.
-
-    Args:
-        attention: the part of evaluate.json.
-        rows: those of its rows that are shown, from left to right, two or three on a narrow page.
-        part: `"sinks"`, `"window"` or `"older"`.
-        name: the id of the SVG; several in one page must not share it.
-    """
-    shown = {row: attention["rows"][row]["layers"] for row in rows}
-    layers = sorted({layer["layer"] for found in shown.values() for layer in found})
-    height, top, left, right, gap = 10 if len(layers) < 40 else 7, 18, 26, 440, 10
-    label = "font: 10px var(--sans); fill: var(--ink)"
-    panel, bottom = (right - left - gap * (len(shown) - 1)) / len(shown), top + height * len(layers)
-    cells: list[list[str]] = [[] for _ in range(SHADES)]
-    parts, said = [], []
-    for number, (row, found) in enumerate(shown.items()):
-        begin = left + number * (panel + gap)
-        parts.append(_text(begin, top - 6, html.escape(row), "start", label))
-        for layer in found:
-            wide, y = panel / len(layer[part]), top + height * layers.index(layer["layer"])
-            for head, share in enumerate(layer[part]):
-                shade = min(int(SHADES * share), SHADES - 1)
-                cells[shade].append(f"M{begin + wide * head:.2f} {y}h{wide:.2f}v{height}h-{wide:.2f}z")
-        said.append(f"{row} {attention['rows'][row]['mean'][part]:.2f}")
-    parts += [
-        f'<path style="fill: var(--student); fill-opacity: {_opacity(shade)}" d="{"".join(drawn)}"/>'
-        for shade, drawn in enumerate(cells)
-        if drawn
-    ]
-    for index, layer in list(enumerate(layers))[:: max(1, -(-len(layers) // 12))]:
-        parts.append(_text(left - 5, top + height * index + height - 1, str(layer), "end", label))
-    parts.append(_text(left, bottom + 13, "layers down, heads across", "start", label))
-    parts.append(_text(left, bottom + 34, "0", "start", label))
-    for shade in range(SHADES):
-        style = f"fill: var(--student); fill-opacity: {_opacity(shade)}"
-        parts.append(f'<path style="{style}" d="M{left + 12 + 16 * shade} {bottom + 25}h16v10h-16z"/>')
-    parts.append(_text(left + 18 + 16 * SHADES, bottom + 34, "1", "start", label))
-    title = html.escape(f"Attention on {part}, by layer and head, on the mean: {', '.join(said)}")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 4} {bottom + 40}" role="img" id="{name}" '
-        f'aria-label="{title}">{"".join(parts)}</svg>'
-    )
-
-
-def _opacity(shade: int) -> str:
-    return f"{0.05 + 0.95 * shade / (SHADES - 1):.2f}"
-
-
-def _text(x: float, y: float, text: str, anchor: str, style: str) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" style="{style}">{text}</text>'
-
-
-def _series(result: dict[str, Any], batch: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in result["cells"]:
-        if cell["batch"] == batch:
-            series.setdefault((cell["row"], cell["mode"]), []).append(cell)
-    return series
-
-
-def _contexts(axes: Any, result: dict[str, Any]) -> None:
-    axes.set_xscale("log", base=2)
-    _plain_ticks(axes.xaxis, result["contexts"])
-    axes.set_xlabel("context in tokens")
-
-
-# Mode -> line style; the first is the row's own.
-MODE_LINES = {"static": "--", "static+compile": "-.", "compile": ":"}
-
-
-def plot_decode(result: dict[str, Any], batch: int) -> str:
-    """Milliseconds per token by context at one batch, with the range of the repeats."""
-
-    def draw(axes: Any) -> None:
-        series = _series(result, batch)
-        for (row, mode), cells in series.items():
-            times = [cell["ms_per_token"] for cell in cells]
-            below = [t["p50"] - min(t["min"], t["p50"]) for t in times]
-            above = [max(t["max"], t["p50"]) - t["p50"] for t in times]
-            style = _style(row)
-            if mode in MODE_LINES:
-                style |= {"linestyle": MODE_LINES[mode], "markerfacecolor": "none"}
-            label = row if len(result["modes"][row]) == 1 else f"{row}, {mode}"
-            middles = [t["p50"] for t in times]
-            contexts = [cell["context"] for cell in cells]
-            axes.errorbar(contexts, middles, yerr=[below, above], label=label, capsize=2, elinewidth=0.8, **style)
-        _contexts(axes, result)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("ms per token")
-        _legend(axes, len(series))
-
-    return _svg(f"decode{batch}", "Milliseconds per token by context, one line a row and mode", draw)
-
-
-def plot_cache(result: dict[str, Any]) -> str:
-    """Bytes of each row's smallest cache by context at the smallest batch, both axes logarithmic."""
-
-    def draw(axes: Any) -> None:
-        held: dict[str, dict[int, float]] = {}
-        for (row, _), cells in _series(result, result["batches"][0]).items():
-            for cell in cells:
-                total, known = cell["cache_bytes"]["total"] / 2**20, held.setdefault(row, {})
-                known[cell["context"]] = min(known.get(cell["context"], total), total)
-        for row, by_context in held.items():
-            axes.plot(list(by_context), list(by_context.values()), label=row, **_style(row))
-        _contexts(axes, result)
-        axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
-        axes.set_ylabel("cache, MiB")
-        _legend(axes, 2)
-
-    return _svg("cache", "Bytes of the cache by context, one line a row", draw)
+    said = f"{label} from {number(values[0])} at {tokens[0]:g} tokens to {number(values[-1])} at {tokens[-1]:g}."
+    return _svg(name, title, said, draw, height=2.6)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
+from linearize.benchmarks.verdicts import of_counts
 
 __all__ = [
     "CONTROL",
@@ -232,6 +233,8 @@ def _choices(choices: dict[str, Any]) -> Sentence:
     text += f" (95 % interval {percent(low)} to {percent(high)})."
     if low <= 0:
         return Sentence("bad", f"{text} It is not clearly above guessing.")
+    if low <= 1 <= high:
+        return Sentence("open", f"{text} No difference from the original was measured.")
     return Sentence("bad" if high < 1 else "good", text)
 
 
@@ -250,12 +253,16 @@ def _needle(needle: dict[str, Any]) -> Sentence:
         text += ", " + " and ".join(f"{found(name, 'first')} ({name})" for name in others)
     guesses = f"{trials * needle['chance_first']:.2g}"
     text += f"; guessing would rank about {guesses} first."
-    # Counts this small carry no interval; only the plain cases get a tone.
     if found(BASELINE, "first") <= 2 * trials * needle["chance_first"]:
         return Sentence("open", f"{text} The original hardly finds them, so this test cannot tell.")
-    if found(STUDENT, "first") >= found(BASELINE, "first"):
-        return Sentence("good", text)
-    return Sentence("bad", text)
+    verdicts = {
+        score: of_counts(found(STUDENT, score), found(BASELINE, score), trials) for score in ("greedy", "first")
+    }
+    # A loss by either score is a loss.
+    for verdict in ("bad", "good"):
+        if verdict in verdicts.values():
+            return Sentence(verdict, text)
+    return Sentence("open", f"{text} No difference from the original was measured.")
 
 
 def speed_sentences(result: dict[str, Any]) -> list[Sentence]:

@@ -104,7 +104,8 @@ def test_without_a_student_nothing_is_claimed():
     ("student", "original", "tone", "part"),
     [
         (0.45, 0.75, "bad", "above guessing, the student keeps 40 %"),
-        (0.75, 0.75, "good", "above guessing, the student keeps 100 %"),
+        (0.75, 0.75, "open", "the student keeps 100 % (95 % interval 100 % to 100 %). No difference from the original"),
+        (0.85, 0.75, "good", "above guessing, the student keeps 120 %"),
         (0.25, 0.75, "bad", "It is not clearly above guessing."),
         (0.30, 0.27, "open", "The original is not clearly above guessing, so this set cannot tell."),
         (0.30, 0.20, "open", "The original is not clearly above guessing, so this set cannot tell."),
@@ -117,7 +118,8 @@ def test_multiple_choice(student, original, tone, part):
 
 
 @pytest.mark.parametrize(
-    ("student", "original", "tone"), [(2, 9, "bad"), (9, 9, "good"), (1, 1, "open"), (9, 0, "open")]
+    ("student", "original", "tone"),
+    [(2, 9, "bad"), (7, 9, "open"), (9, 9, "open"), (9, 4, "good"), (1, 1, "open"), (9, 0, "open")],
 )
 def test_needle(student, original, tone):
     found = quality(found=dict.fromkeys(NLL, 1) | {"student": student, "original": original})
