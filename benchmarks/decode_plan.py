@@ -22,7 +22,7 @@ Times are lower bounds and rates upper bounds; both leave out prefill. A context
 from collections.abc import Sequence
 from typing import Any
 
-from linearize.benchmarks.roofline import Roof, crossover, step_seconds
+from linearize.benchmarks.roofline import Roof, predicted_crossover, step_seconds
 from linearize.benchmarks.step_costs import ModelCosts, model_costs, step_bytes, step_flops
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
@@ -102,7 +102,7 @@ def plan_decode(
         "cells": cells,
         "largest_batch": largest,
         "crossover": [
-            {"batch": batch, "context": crossover(rows["original"], rows["student"], roof, batch)}
+            {"batch": batch, "context": predicted_crossover(rows["original"], rows["student"], roof, batch)}
             for batch in sorted(set(batches))
         ],
     }

@@ -12,6 +12,8 @@ The median has a say because a least time of one lucky repeat (inputs that were 
 after it look slow.
 """
 
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,33 @@ __all__ = ["VERDICTS", "compare_kernels", "read_old"]
 VERDICTS = ("slower", "faster", "same")
 
 
-def read_old(path: Path, problem: Problem, device: str, tolerance: float) -> dict[str, Any]:
+def read_old(
+    path: Path,
+    problem: Problem,
+    device: str,
+    tokens: Sequence[int],
+    whats: Sequence[str],
+    dtypes: Sequence[str],
+    tolerance: float = 10.0,
+) -> dict[str, Any]:
     """The result to compare with, if it is one of this device and problem: asked before anything is measured.
 
     Args:
         path: of the result.
-        problem, device: of the one that will be measured.
+        problem, device, tokens, whats, dtypes: of the one that will be measured.
         tolerance: percent, >= 0.
 
     Raises:
-        LinearizeError: no such result, another device or problem, or a tolerance below 0.
+        LinearizeError: no such result, another device or problem, nothing in common, or a tolerance below 0.
     """
     if tolerance < 0:
         raise LinearizeError(f"tolerance: {tolerance:g} % is below 0; use 0 or more, such as 10")
     old = read_json(path, KIND)
     shape = problem.shape if problem.model == old["model"] else {}  # another model's is not asked for
     _check(old, {"device": device, "model": problem.model, "shape": shape, "machine": machine_info()}, path)
+    wanted = set(product(whats, dtypes, tokens))
+    if not any((cell["what"], cell["dtype"], cell["tokens"]) in wanted for cell in old["cells"]):
+        raise _nothing_shared(old)
     return old
 
 
@@ -66,10 +79,7 @@ def compare_kernels(old: dict[str, Any], new: dict[str, Any], tolerance: float =
     before, after = ({_key(cell): cell for cell in result["cells"]} for result in (old, new))
     shared = [key for key in after if key in before]
     if not shared:
-        raise LinearizeError(
-            "compare: the two results have no cell in common; measure with the same --tokens, --what and --dtype as "
-            f"the old one, {old['machine']['command']!r}"
-        )
+        raise _nothing_shared(old)
     cells = [_compare(before[key], after[key], tolerance / 100) for key in shared]
     return {
         "tolerance": tolerance,
@@ -134,6 +144,13 @@ def _check(old: dict[str, Any], new: dict[str, Any], path: Path | None) -> None:
                 f"compare: {name} has {size} {old['shape'][size]}, not {value}; measure with --{size} "
                 f"{old['shape'][size]}, or compare with another result"
             )
+
+
+def _nothing_shared(old: dict[str, Any]) -> LinearizeError:
+    return LinearizeError(
+        "compare: the two results have no cell in common; measure with the same --tokens, --what and --dtype as the "
+        f"old one, {old['machine']['command']!r}"
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -33,11 +33,11 @@ __all__ = [
     "StepBytes",
     "bandwidth",
     "calibrate",
-    "crossover",
     "measured_roof",
     "model_costs",
     "named_roof",
     "predict",
+    "predicted_crossover",
     "step_bytes",
     "step_flops",
     "step_seconds",
@@ -135,7 +135,7 @@ def calibrate(roof: Roof, steps: Sequence[tuple[float, float]]) -> Roof:
     return replace(roof, overhead_s=median(excess) if excess else None)
 
 
-def crossover(original: ModelCosts, student: ModelCosts, roof: Roof, batch: int = 1) -> int | None:
+def predicted_crossover(original: ModelCosts, student: ModelCosts, roof: Roof, batch: int = 1) -> int | None:
     """The least context in tokens from which a step of the student is predicted to take less time; None where it never
     does. Between bounds that differ by a constant and a slope there is one such context."""
 

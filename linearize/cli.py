@@ -488,7 +488,7 @@ def bench_kernels(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     whats, dtypes = ([name.strip() for name in text.split(",")] for text in (what, dtype))
     problem = Problem(model, batch, window, sinks)
-    old = None if compare is None else read_old(compare, problem, place, allowed)
+    old = None if compare is None else read_old(compare, problem, place, lengths, whats, dtypes, allowed)
     result = measure(problem, lengths, whats, dtypes, place, repeats, compiled, seed)
     print(markdown(result).rstrip())
     for path in write_result(out, result):

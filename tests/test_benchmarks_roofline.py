@@ -12,11 +12,11 @@ from linearize.benchmarks.roofline import (
     Roof,
     bandwidth,
     calibrate,
-    crossover,
     measured_roof,
     model_costs,
     named_roof,
     predict,
+    predicted_crossover,
     step_bytes,
     step_flops,
     step_seconds,
@@ -201,12 +201,12 @@ class TestPredict:
     def test_the_crossover_is_the_first_context_where_the_student_is_faster(self):
         original, student = (model_costs(make_config("llama"), x, "float32") for x in (None, CONFIGS["hedgehog"]))
         for batch in (1, 8):
-            at = crossover(original, student, ROOF, batch)
+            at = predicted_crossover(original, student, ROOF, batch)
             assert at is not None
             for context, faster in ((at - 1, False), (at, True), (10 * at, True)):
                 ours, theirs = (step_seconds(x, context, batch, ROOF) for x in (student, original))
                 assert (ours < theirs) == faster
-        assert crossover(original, original, ROOF) is None
+        assert predicted_crossover(original, original, ROOF) is None
 
     def test_an_unknown_dtype(self):
         with pytest.raises(LinearizeError) as error:

@@ -58,6 +58,9 @@ class TestPlan:
             assert cell["cache_bytes"] == cell["batch"] * one
             assert cell["fits"] == (cell["weight_bytes"] + cell["cache_bytes"] <= 2e6)
         assert {cell["fits"] for cell in found["cells"]} == {True, False}
+        # Weights count: the cache alone would fit.
+        tight = plan_decode(make_config("llama"), CONFIG, [100], [1], ROOF, "float32", memory=100_000)
+        assert all(cell["cache_bytes"] <= 100_000 and not cell["fits"] for cell in tight["cells"])
         json.dumps(found, allow_nan=False)
 
     def test_what_limits(self, found):
