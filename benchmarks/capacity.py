@@ -13,7 +13,7 @@ The step is that in the middle of the answer, which is the mean of a cost that g
 W consecutive ones, so that the one that folds a chunk into the state counts as often as in use.
 
 Where the numbers are from
-    measured    by `decode.measure` at that very batch and length, the original under its better cache
+    measured    by `decode.measure` at that very batch and length, each in its best mode that is not compiled
     predicted   this machine cannot hold or reach that batch in time (`max_minutes`), so half of it is measured, or a
                 quarter, ...: what that step takes beyond its bound is added to the bound of the whole batch. A prompt
                 too long to read is predicted from a shorter one, in proportion to their bounds
@@ -31,7 +31,7 @@ Where the numbers are from
      "seconds": float, "machine": {...}}
 
 FOUND is {"ms": float, "how": "measured" | "predicted" | "bound", "bound_ms": float, "at": int | null, "reason": str |
-null, "cache": "static" | "dynamic" | null}: `at` is the batch or the prompt's tokens that were measured, `reason` why
+null, "mode": MODE | null}: `at` is the batch or the prompt's tokens that were measured, `reason` why
 those and not all of them.
 """
 
@@ -43,10 +43,11 @@ from typing import Any
 
 import torch
 
-from linearize.benchmarks.decode import WARMUP, measure
+from linearize.benchmarks.decode import WARMUP, Run, measure
 from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
 from linearize.benchmarks.machine import available_memory, machine_info
+from linearize.benchmarks.modes import MODES, modes_of
 from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
 from linearize.benchmarks.speed import Sample
 from linearize.benchmarks.step_costs import ModelCosts, model_costs, prefill_flops
@@ -76,7 +77,7 @@ class Found:
     bound_ms: float
     at: int | None = None
     reason: str | None = None
-    cache: str | None = None
+    mode: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -180,7 +181,9 @@ class _Row:
         self, rows: Rows, row: str, costs: ModelCosts, roof: Roof, limit_s: float, steps: int, seed: int
     ) -> None:
         self.enter = rows[row]
-        self.row = row
+        with self.enter() as model:
+            # Compiling takes longer than what it is to save here.
+            self.modes = [mode.name for mode in modes_of(model) if not mode.compiled]
         self.costs = costs
         self.roof = roof
         self.limit_s = limit_s
@@ -207,7 +210,7 @@ class _Row:
         self.slowness = tried.seconds / bound(tried.size)
         how = "measured" if tried.size == tokens else "predicted"
         seconds = tried.seconds if how == "measured" else bound(tokens) * self.slowness
-        return Found(1e3 * seconds, how, 1e3 * bound(tokens), tried.size, tried.reason, tried.cache)
+        return Found(1e3 * seconds, how, 1e3 * bound(tokens), tried.size, tried.reason, tried.mode)
 
     def step(self, batch: int, context: int, read_s: float) -> Found:
         """Of the whole batch. `read_s`: seconds that reading a token takes, as every sequence is read first."""
@@ -219,20 +222,19 @@ class _Row:
             return self._obstacle(size, context, size * context * read_s + self.steps * bound(size))
 
         def run(size: int) -> tuple[float, str]:
-            # The mean of the timed steps is that at `context`, and the original has the better of its caches.
+            # The mean of the timed steps is that at `context`, and each row has the best of its modes.
             length = max(1, context - WARMUP - self.steps // 2)
-            kinds = ("static", "dynamic") if self.row == BASELINE else ("dynamic",)
-            found = [(fmean(self._sample(size, length, kind, self.steps).step_ms) / 1e3, kind) for kind in kinds]
+            found = [(fmean(self._sample(size, length, name, self.steps).step_ms) / 1e3, name) for name in self.modes]
             return min(found)
 
         tried = _largest(batch, obstacle, run)
         if tried.seconds is None:
             return Found(1e3 * bound(batch), "bound", 1e3 * bound(batch), reason=tried.reason)
         if tried.size == batch:
-            return Found(1e3 * tried.seconds, "measured", 1e3 * bound(batch), batch, None, tried.cache)
+            return Found(1e3 * tried.seconds, "measured", 1e3 * bound(batch), batch, None, tried.mode)
         roof = calibrate(self.roof, [(bound(tried.size), tried.seconds)])
         seconds = step_seconds(self.costs, context, batch, roof)
-        return Found(1e3 * seconds, "predicted", 1e3 * bound(batch), tried.size, tried.reason, tried.cache)
+        return Found(1e3 * seconds, "predicted", 1e3 * bound(batch), tried.size, tried.reason, tried.mode)
 
     def _obstacle(self, batch: int, tokens: int, seconds: float) -> str | None:
         """Why a measurement cannot be made here."""
@@ -245,21 +247,21 @@ class _Row:
             return f"{batch} x {tokens} tokens would take about {human_bytes(needed)} of {human_bytes(free)} free"
         return None
 
-    def _sample(self, batch: int, length: int, cache: str, steps: int) -> Sample:
+    def _sample(self, batch: int, length: int, mode: str, steps: int) -> Sample:
         """The one place that measures, by all that is needed of `linearize.benchmarks.decode`."""
         with self.enter() as model, inference(model):
             vocabulary = base_model(model).config.vocab_size
             prompt = torch.randint(vocabulary, (batch, length), generator=self.generator)
-            return measure(model, prompt, cache, steps)
+            return measure(model, Run(MODES[mode], prompt, 0, length + WARMUP + steps, steps))
 
 
 @dataclass(frozen=True)
 class Tried:
-    """The largest size that was measured: seconds there, the cache, and why no larger one; None where none was."""
+    """The largest size that was measured: seconds there, the mode, and why no larger one; None where none was."""
 
     size: int = 0
     seconds: float | None = None
-    cache: str | None = None
+    mode: str | None = None
     reason: str | None = None
 
 
@@ -270,11 +272,11 @@ def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[in
         reason = obstacle(size)
         if reason is None:
             try:
-                seconds, cache = run(size)
+                seconds, mode = run(size)
             except torch.OutOfMemoryError:
                 reason = f"there is too little memory for {size} here"
             else:
-                return Tried(size, seconds, cache, first)
+                return Tried(size, seconds, mode, first)
         first = first or reason
         size //= 2
     return Tried(reason=first)

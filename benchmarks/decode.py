@@ -92,6 +92,7 @@ from linearize.benchmarks.speed import (
 )
 from linearize.cache import cache_bytes
 from linearize.errors import LinearizeError
+from linearize.projections import fast_projections
 
 __all__ = ["FILL", "KIND", "Run", "bench_decode", "measure", "measure_prefill", "read_bench"]
 
@@ -552,6 +553,9 @@ def measure(model: nn.Module, run: Run) -> Sample:
             compiles it.
         run: what to do.
     """
+    if run.mode.projections:
+        with fast_projections(model):
+            return measure(model, replace(run, mode=replace(run.mode, projections=False)))
     device = device_of(model)
     past = preallocated(model, run.capacity) if run.mode.static else None
     output, prefill_ms = _prefill(model, run.prompt.to(device), past)

@@ -44,7 +44,7 @@ def headline(quality: dict[str, Any] | None, speed: dict[str, Any] | None) -> li
 
     Args:
         quality: an evaluate.json.
-        speed: a bench.json, as `linearize.benchmarks.bench_schema` gives it.
+        speed: a bench.json, as `linearize.benchmarks.decode` gives it.
     """
     return [*_speed(speed), *_quality(quality)]
 

@@ -5,6 +5,9 @@
     static+compile   the same, and the whole step is one graph of torch.compile
     compile          the cache that the model makes itself, and the step compiled; its layers have to say
                      `is_compileable`
+    dynamic+projections, static+projections
+                     an original with the projections that a converted model has on a CPU (`linearize.projections`):
+                     what is faster in the student by these is not to be had from its attention
 
 A compiled step is the function that transformers' `generate` compiles, called as it calls it: the prefill runs without,
 every shape has a graph of its own (`dynamic=False`), and on a GPU the graph is a CUDA graph (mode "reduce-overhead").
@@ -21,6 +24,7 @@ from torch import Tensor
 from linearize.cache import install_layers, new_cache
 from linearize.convert import converted_layers, is_converted, switch_of
 from linearize.errors import LinearizeError
+from linearize.projections import help_with
 
 __all__ = [
     "MODES",
@@ -39,15 +43,20 @@ class Mode:
     """A way to decode; the module's docstring has them."""
 
     name: str
-    static: bool
-    compiled: bool
+    static: bool = False
+    compiled: bool = False
+    projections: bool = False
 
 
-DYNAMIC = Mode("dynamic", static=False, compiled=False)
-STATIC = Mode("static", static=True, compiled=False)
+DYNAMIC = Mode("dynamic")
+STATIC = Mode("static", static=True)
 STATIC_COMPILE = Mode("static+compile", static=True, compiled=True)
-COMPILE = Mode("compile", static=False, compiled=True)
-MODES = {mode.name: mode for mode in (DYNAMIC, STATIC, STATIC_COMPILE, COMPILE)}
+COMPILE = Mode("compile", compiled=True)
+DYNAMIC_PROJECTIONS = Mode("dynamic+projections", projections=True)
+STATIC_PROJECTIONS = Mode("static+projections", static=True, projections=True)
+MODES = {
+    mode.name: mode for mode in (DYNAMIC, STATIC, STATIC_COMPILE, COMPILE, DYNAMIC_PROJECTIONS, STATIC_PROJECTIONS)
+}
 
 
 def modes_of(model: Any) -> tuple[Mode, ...]:
@@ -57,7 +66,8 @@ def modes_of(model: Any) -> tuple[Mode, ...]:
         model: a causal language model of transformers, converted or not.
     """
     layers = _converted(model)
-    modes = [DYNAMIC]
+    helped = not is_converted(model) and help_with(model.device, model.dtype)
+    modes = [DYNAMIC, DYNAMIC_PROJECTIONS] if helped else [DYNAMIC]
     if new_cache(model.config, layers).is_compileable:
         modes.append(COMPILE)
     # Where every layer is converted nothing is left to preallocate: such a cache never grows.
@@ -66,7 +76,7 @@ def modes_of(model: Any) -> tuple[Mode, ...]:
             cache = preallocated(model, 1)
         except LinearizeError:  # what stays softmax cannot be static beside converted layers
             return tuple(modes)
-        modes.append(STATIC)
+        modes += [STATIC, STATIC_PROJECTIONS] if helped else [STATIC]
         if cache.is_compileable:
             modes.append(STATIC_COMPILE)
     return tuple(modes)

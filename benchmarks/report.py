@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from linearize.benchmarks import decode, evaluate, page, plots
-from linearize.benchmarks.bench_schema import as_schema_2
 from linearize.benchmarks.files import read_json, write_text
 from linearize.benchmarks.headline import Claim, headline, one_line
 from linearize.benchmarks.page import Section
@@ -69,16 +68,15 @@ def write_report(folder: str | Path) -> Path:
     recipe = path.read_text(encoding="utf-8") if (path := paths["recipe.yaml"]).is_file() else None
     values = _parsed(recipe)
     stages = stage_logs(log, values)
-    bench = None if speed is None else as_schema_2(speed)
-    claims = headline(quality, bench)
+    claims = headline(quality, speed)
     sections = [
         progress_section(stages),
         _headline(claims),
         _findings(quality, speed),
         *([] if quality is None else [part(quality) for part in QUALITY]),
-        *([] if bench is None else [speed_section(bench)]),
+        *([] if speed is None else [speed_section(speed)]),
         training_section(stages),
-        provenance_section(quality, bench, recipe),
+        provenance_section(quality, speed, recipe),
     ]
     title, subtitle = _title(values)
     return write_text(folder / "report.html", page.page(title, subtitle, one_line(claims), sections))

@@ -16,7 +16,7 @@ def provenance_section(quality: dict[str, Any] | None, speed: dict[str, Any] | N
 
     Args:
         quality: an evaluate.json.
-        speed: a bench.json, as `linearize.benchmarks.bench_schema` gives it.
+        speed: a bench.json, as `linearize.benchmarks.decode` gives it.
         recipe: the text of recipe.yaml.
     """
     parts = []

@@ -1,6 +1,6 @@
 """The report's section on a bench.json: time, prefill and bytes by context and batch.
 
-All of it reads a result as `linearize.benchmarks.bench_schema` gives it.
+All of it reads a result as `linearize.benchmarks.decode` gives it.
 """
 
 from collections.abc import Callable

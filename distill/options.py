@@ -337,7 +337,12 @@ class BenchOptions(Record):
     batch: tuple[int, ...] = option((1,), least=1)
     decode_tokens: int = option(16, least=1)
     repeats: int = option(5, least=1)
-    modes: tuple[Literal["dynamic", "static", "static+compile", "compile"], ...] | None = None
+    modes: (
+        tuple[
+            Literal["dynamic", "static", "static+compile", "compile", "dynamic+projections", "static+projections"], ...
+        ]
+        | None
+    ) = None
     fill: int | None = option(8192, least=1)
     prefill: tuple[int, ...] = option((), least=1)
     minutes: float | None = option(None, above=0)

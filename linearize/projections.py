@@ -8,12 +8,14 @@ one row 25 and 46, four rows 13 and 17; from eight rows on nothing is won at the
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FewRows", "install", "remove"]
+__all__ = ["FewRows", "fast_projections", "help_with", "install", "remove"]
 
 MOST_ROWS = 4
 # A slice a thread, for up to so many threads. Fixed, so that sums do not depend on the number of threads.
@@ -27,7 +29,7 @@ class FewRows:
     `torch.nn.functional.linear`, as before.
     """
 
-    def __init__(self, linear: nn.Linear, switch: Any):
+    def __init__(self, linear: nn.Linear, switch: Any = None):
         self.linear = linear
         self.switch = switch
         self.slices = math.gcd(linear.out_features, SLICES)
@@ -38,7 +40,7 @@ class FewRows:
         size = x.shape[-1]
         if (
             self.slices > 1
-            and self.switch.few_rows
+            and (self.switch is None or self.switch.few_rows)
             and 0 < x.numel() <= MOST_ROWS * size
             and x.dtype is torch.float32 is weight.dtype
             and x.device.type == "cpu" == weight.device.type
@@ -55,7 +57,7 @@ class FewRows:
         return nn.functional.linear(x, weight, bias)
 
 
-def install(model: nn.Module, switch: Any) -> None:
+def install(model: nn.Module, switch: Any = None) -> None:
     """Give all plain linear layers of a model this forward pass, where PyTorch has MKL; `switch.few_rows` turns it
     off."""
     if not torch.backends.mkl.is_available():
@@ -70,3 +72,18 @@ def remove(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), FewRows):
             del module.forward
+
+
+def help_with(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model's projections of few rows would go this way on a device, in a dtype."""
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkl.is_available()
+
+
+@contextmanager
+def fast_projections(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that is not converted has these projections too."""
+    install(model)
+    try:
+        yield
+    finally:
+        remove(model)

@@ -10,7 +10,6 @@ from linearize import LinearizeConfig, convert, original_attention, state_off, w
 from linearize.attention import Observation
 from linearize.benchmarks.attention_mass import PARTS, attention_mass, original_shares, student_shares
 from linearize.benchmarks.evaluate import evaluate_rows
-from linearize.benchmarks.plots import attention_map
 from linearize.benchmarks.work import Work
 from linearize.convert import switch_of
 from linearize.distill.options import EvaluateOptions
@@ -230,19 +229,3 @@ def test_what_is_kept_of_the_original_depends_on_the_conversion(tmp_path):
             conversion=model.config.linearize,
         )["attention"]["rows"]["original"]["mean"]
     assert found[4]["older"] > found[8]["older"] + 0.01
-
-
-def test_a_map_has_a_cell_a_head_and_a_shade_a_tenth():
-    shares = {3: [0.0, 0.55], 7: [1.0, 0.0]}
-    layers = [{"layer": layer, **dict.fromkeys(PARTS, heads)} for layer, heads in shares.items()]
-    row = {"layers": layers, "mean": dict.fromkeys(PARTS, 0.3875)}
-    attention = {"rows": {"original": row, "a < b": {**row, "layers": layers[1:]}}}
-    svg = attention_map(attention, ["original", "a < b"])
-    # Two heads in each of three layers; the legend has ten of its own.
-    assert svg.count("h-") - 10 == 6
-    assert svg.count('fill-opacity: 0.05"') == 2  # all cells of a shade are one path, and one is the legend's
-    assert "a &lt; b" in svg
-    assert 'aria-label="Attention on older, by layer and head, on the mean: original 0.39, a &lt; b 0.39"' in svg
-    assert ">3<" in svg
-    assert ">7<" in svg
-    assert svg.startswith("<svg ")

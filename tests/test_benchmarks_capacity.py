@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from linearize.benchmarks import capacity
 from linearize.benchmarks.capacity import KIND, bench_capacity
+from linearize.benchmarks.decode import WARMUP
 from linearize.benchmarks.files import read_json
 from linearize.benchmarks.roofline import Roof, model_costs, predict, step_seconds
 from linearize.benchmarks.speed import Sample
@@ -36,30 +37,22 @@ def rows():
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Measurements that take 3 times their bound and 5 ms, and are recorded: (converted, batch, length, cache, steps).
+    """Measurements that take 3 times their bound and 5 ms, and are recorded: (row, batch, length, mode, steps).
 
-    The static cache takes 1 ms more.
+    Every mode but "dynamic" takes 1 ms more.
     """
     measured = []
 
-    def measure(model, prompt, cache, steps):
-        batch, length = prompt.shape
-        row = "original" if cache == "static" or not asked[0] else "student"
-        measured.append((row, batch, length, cache, steps))
+    def measure(model, run):
+        (batch, length), mode, steps = run.prompt.shape, run.mode.name, run.decode_tokens
+        row = "student" if is_converted(model) else "original"
+        measured.append((row, batch, length, mode, steps))
         costs = model_costs(make_config("llama"), None if row == "original" else CONFIG, "float32")
         read = 3 * bound_of_prefill(costs, length)
-        ms = 1e3 * step_seconds(costs, length + 4, batch, ROOF) + 5 + (cache == "static")
+        ms = 1e3 * step_seconds(costs, length + WARMUP + steps // 2, batch, ROOF) + 5 + (mode != "dynamic")
         return Sample(1e3 * read, (ms - 2,) * (steps // 2) + (ms + 2,) * (steps - steps // 2), {})
 
-    asked = [False]
-    enter = capacity._Row._sample
-
-    def sample(self, *arguments, **named):
-        asked[0] = self.row != "original"
-        return enter(self, *arguments, **named)
-
     monkeypatch.setattr(capacity, "measure", measure)
-    monkeypatch.setattr(capacity._Row, "_sample", sample)
     monkeypatch.setattr(capacity, "bandwidth", lambda device, dtypes: RATES)
     monkeypatch.setattr(capacity, "available_memory", lambda device: 2**40)
     return measured
@@ -88,8 +81,8 @@ def test_everything_is_measured_where_that_is_possible(rows, made_up):
         step, prefill = cell["step"], cell["prefill"]
         assert (step["how"], step["at"], step["reason"]) == ("measured", batch, None)
         assert (prefill["how"], prefill["at"], prefill["reason"]) == ("measured", prompt, None)
-        # The step in the middle of the answer, under the better of two caches.
-        assert step["cache"] == "dynamic"
+        # The step in the middle of the answer, in the best mode.
+        assert step["mode"] == "dynamic"
         assert step["ms"] == pytest.approx(1e3 * step_seconds(costs, prompt + 20, batch, ROOF) + 5)
         assert step["bound_ms"] == pytest.approx(1e3 * step_seconds(costs, prompt + 20, batch, ROOF))
         assert cell["tokens_per_s"] == pytest.approx(1e3 * batch / step["ms"])
@@ -147,10 +140,10 @@ def test_what_this_machine_cannot_hold_is_a_bound(rows, made_up, monkeypatch):
 def test_running_out_of_memory_halves_the_batch(rows, made_up, monkeypatch):
     plain = capacity.measure
 
-    def measure(model, prompt, cache, steps):
-        if prompt.shape[0] > 2:
+    def measure(model, run):
+        if run.prompt.shape[0] > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return plain(model, prompt, cache, steps)
+        return plain(model, run)
 
     monkeypatch.setattr(capacity, "measure", measure)
     step = bench_capacity(rows, MEMORY, [500], 40, max_minutes=1e9)["cells"][0]["step"]
@@ -171,9 +164,10 @@ def test_real_measurements_hold_as_many_bytes_as_the_batch_was_chosen_by(rows, m
     held = []
     plain = capacity.measure
 
-    def measure(model, prompt, cache, steps):
-        sample = plain(model, prompt, cache, steps)
-        held.append((prompt.shape[0], prompt.shape[1] + 2 + steps, cache, sample.cache_bytes["total"]))
+    def measure(model, run):
+        sample = plain(model, run)
+        tokens = run.prompt.shape[1] + WARMUP + run.decode_tokens
+        held.append((run.prompt.shape[0], tokens, run.mode.name, sample.cache_bytes["total"]))
         return sample
 
     monkeypatch.setattr(capacity, "measure", measure)
@@ -181,9 +175,11 @@ def test_real_measurements_hold_as_many_bytes_as_the_batch_was_chosen_by(rows, m
     rows = {name: enter for name, enter in rows.items() if name in ("original", "student")}
     bench_capacity(rows, 600_000, [64], answer_tokens=16, max_minutes=1e9)
     original, student = costs_of("original"), costs_of("student")
-    assert held[:1] == [(1, 48 + 3, "dynamic", original.cache_bytes(51))]
-    assert {x[-1] for x in held if x[2] == "static"} == {original.cache_bytes(58, original.largest_batch(64, 600_000))}
-    assert held[-1][-1] == student.cache_bytes(58, student.largest_batch(64, 600_000))
+    assert held[0] == (1, 48 + WARMUP + 1, "dynamic", original.cache_bytes(48 + WARMUP + 1))
+    full = 64 - 8 + 2  # the steps lie about the middle of the answer: half of it, and half of the timed ones, beyond
+    batch = original.largest_batch(64, 600_000)
+    assert {x[-1] for x in held if x[2].startswith("static")} == {original.cache_bytes(full, batch)}
+    assert held[-1][-1] == student.cache_bytes(full, student.largest_batch(64, 600_000))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from linearize.benchmarks.bench_schema import as_schema_2
 from linearize.benchmarks.headline import headline, one_line
 from tests.benchmark_results import fabricate_bench, fabricate_evaluation
 
@@ -25,7 +24,7 @@ def quality(nll=None, **options):
 
 
 def speed(monkeypatch, times=TIMES, **options):
-    return topics(headline(None, as_schema_2(fabricate_bench(monkeypatch, times, **options))))
+    return topics(headline(None, fabricate_bench(monkeypatch, times, **options)))
 
 
 def test_speed_shows_the_best_and_the_worst(monkeypatch):
@@ -68,7 +67,7 @@ def test_one_repeat_has_no_spread(monkeypatch):
 
 def batched(result):
     """The same at two batches, the student four times slower at the second; prefills of it were not read."""
-    result, cells, pairs = as_schema_2(result), [], []
+    cells, pairs = [], []
     for batch, slower in ((1, 1.0), (8, 4.0)):
         for cell in result["cells"]:
             cells.append({**cell, "batch": batch, "weight_bytes": 2**28})
@@ -95,7 +94,7 @@ def test_batches_are_told_apart(monkeypatch):
 
 
 def test_spare_room_of_a_preallocated_cache_is_nobodys_merit(monkeypatch):
-    result = as_schema_2(fabricate_bench(monkeypatch, TIMES))
+    result = fabricate_bench(monkeypatch, TIMES)
     for cell in result["cells"]:
         if cell["mode"] == "static":
             cell["cache_bytes"] = {"total": 2**40}
@@ -201,7 +200,7 @@ def test_without_a_student_no_speed_is_claimed(monkeypatch):
 
 
 def test_the_one_line_is_a_sentence(monkeypatch):
-    bench = as_schema_2(fabricate_bench(monkeypatch, TIMES))
+    bench = fabricate_bench(monkeypatch, TIMES)
     line = one_line(headline(fabricate_evaluation(NLL), bench))
     assert line.startswith("Decodes ")
     assert line.endswith("needles: not measured.")

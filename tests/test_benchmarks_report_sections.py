@@ -5,7 +5,6 @@ import copy
 import pytest
 
 from linearize.benchmarks import plots
-from linearize.benchmarks.bench_schema import as_schema_2
 from linearize.benchmarks.page import Cell, Data, Section, figure, page, section, slug, table
 from linearize.benchmarks.report_attention import attention_section
 from linearize.benchmarks.report_provenance import provenance_section
@@ -247,7 +246,7 @@ TIMES = {"original": {512: 20.0, 2048: 40.0}, "static": {512: 22.0, 2048: 35.0},
 class TestSpeed:
     @pytest.fixture
     def bench(self, monkeypatch, plain):
-        return as_schema_2(fabricate_bench(monkeypatch, TIMES))
+        return fabricate_bench(monkeypatch, TIMES)
 
     def test_several_batches(self, bench, monkeypatch):
         second = copy.deepcopy(bench)
