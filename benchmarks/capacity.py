@@ -180,6 +180,7 @@ class _Row:
     def __init__(
         self, rows: Rows, row: str, costs: ModelCosts, roof: Roof, limit_s: float, steps: int, seed: int
     ) -> None:
+        self.row = row
         self.enter = rows[row]
         with self.enter() as model:
             # Compiling takes longer than what it is to save here.
@@ -201,8 +202,9 @@ class _Row:
             return self._obstacle(1, length, self.slowness * bound(length))
 
         def run(length: int) -> tuple[float, str]:
-            sample = self._sample(1, length, "dynamic", steps=1)
-            return sample.prefill_ms / 1e3, "dynamic"
+            read_ms = self._sample(1, length, "dynamic", steps=1).prefill_ms
+            assert read_ms is not None, "nothing is filled in"
+            return read_ms / 1e3, "dynamic"
 
         tried = _largest(tokens, obstacle, run)
         if tried.seconds is None:

@@ -36,8 +36,12 @@ How it is measured
                 "cache_bytes": {"softmax", "window", "state", "total"},       allocated, read and not
                 "first_ms": float,                             the very first step, which compiles where the mode does
                 "recompiles": int,                             during timed steps: above 0 these are not to be trusted
-                "skipped_graphs": int},                        graphs on a GPU that became no CUDA graph
+                "skipped_graphs": int,                         graphs on a GPU that became no CUDA graph
+                "bound_ms": float | null,                      no step takes less here: bytes that must move over the
+                                                               bandwidth (see `linearize.benchmarks.step_costs`)
+                "share_of_bound": float | null},               of its time, bound_ms / p50: 1 is the fastest possible
                ...],
+     "bandwidth": {...} | null,                                of `roofline.bandwidth`, measured before the first block
      "comparisons": [{"row": ROW, "context": int, "batch": int, "mode": MODE, "baseline_mode": MODE,   the best modes
                       "speedup": {SPREAD, "ci95": [low, high] | null},      baseline / row, repeat by repeat; above 1:
                                                                             row faster; null after one repeat
@@ -81,6 +85,7 @@ from linearize.benchmarks.modes import (
     preallocated,
 )
 from linearize.benchmarks.probe import Probe, probe
+from linearize.benchmarks.roofline import bandwidth, measured_roof, step_seconds
 from linearize.benchmarks.speed import (
     Cell,
     Sample,
@@ -90,6 +95,7 @@ from linearize.benchmarks.speed import (
     prefill_growth,
     spread,
 )
+from linearize.benchmarks.step_costs import ModelCosts
 from linearize.cache import cache_bytes
 from linearize.errors import LinearizeError
 from linearize.projections import fast_projections
@@ -167,6 +173,7 @@ def bench_decode(
     points = sorted(set(points), key=lambda point: (point.what, point.size, point.context))
     bench = _Bench(rows, probes, chosen, skipped, tokens, decode_tokens, repeats, fill, max_minutes, seed)
     start = time.perf_counter()
+    rates = _rates(probes)
     with _room_for_graphs(chosen, len(points) * len(rows)), progress_bar("bench", total=repeats * len(points)) as tick:
         for repeat in range(repeats):
             for point in points:
@@ -195,7 +202,11 @@ def bench_decode(
         "dropped": [
             point.described | {"reason": bench.reason(point)} for point in points if point not in bench.seconds
         ],
-        "cells": describe_cells(bench.samples, {row: found.weight_bytes for row, found in probes.items()}),
+        "cells": [
+            cell | _bound(cell, probes[cell["row"]].costs, rates)
+            for cell in describe_cells(bench.samples, {row: found.weight_bytes for row, found in probes.items()})
+        ],
+        "bandwidth": rates,
         "comparisons": comparisons(bench.samples, BASELINE),
         "crossover": [
             {"row": row, "batch": batch} | crossover(bench.samples, BASELINE, row, batch)
@@ -212,6 +223,21 @@ def bench_decode(
         "seconds": round(time.perf_counter() - start, 1),
         "machine": machine_info(seed),
     }
+
+
+def _rates(probes: dict[str, Probe]) -> dict[str, Any] | None:
+    """What this device's memory and products give; None where no row has a bound."""
+    dtypes = sorted({found.costs.dtype for found in probes.values() if found.costs is not None})
+    return bandwidth(probes[BASELINE].device, dtypes=dtypes) if dtypes else None
+
+
+def _bound(cell: dict[str, Any], costs: ModelCosts | None, rates: dict[str, Any] | None) -> dict[str, float | None]:
+    """The roofline of a cell, in the middle of its timed steps, and how near it comes."""
+    if costs is None or rates is None:
+        return {"bound_ms": None, "share_of_bound": None}
+    roof = measured_roof(rates["device"], found=rates)
+    bound_ms = 1e3 * step_seconds(costs, cell["context"], cell["batch"], roof)
+    return {"bound_ms": bound_ms, "share_of_bound": bound_ms / cell["ms_per_token"]["p50"]}
 
 
 def _check(

@@ -11,7 +11,11 @@ import torch
 from linearize.benchmarks.filling import fill_period
 from linearize.benchmarks.inference import device_of, inference
 from linearize.benchmarks.modes import Mode, modes_of
+from linearize.benchmarks.step_costs import ModelCosts, model_costs
 from linearize.cache import NearFarLayer
+from linearize.config import LinearizeConfig
+from linearize.convert import is_converted, switch_of
+from linearize.inspection import DTYPE_BYTES
 
 __all__ = ["CacheLayer", "Probe", "probe"]
 
@@ -46,6 +50,7 @@ class Probe:
         layers: of its cache.
         token_bytes: activations of one token while a prompt is read.
         logits_bytes: of one sequence's last token.
+        costs: what its steps must move and compute; None in a dtype that has no rates, such as float64.
     """
 
     modes: tuple[Mode, ...]
@@ -56,6 +61,7 @@ class Probe:
     layers: tuple[CacheLayer, ...]
     token_bytes: int
     logits_bytes: int
+    costs: ModelCosts | None = None
 
     def needed_bytes(self, read: int, capacity: int, batch: int) -> int:
         """An upper estimate of what a cell takes beside the weights: its cache, the copy of a layer that growing or
@@ -83,7 +89,15 @@ def probe(model: Any) -> Probe:
         layers=tuple(_layer(layer) for layer in cache.layers),
         token_bytes=numbers * wide,
         logits_bytes=output.logits.shape[-1] * wide,
+        costs=_costs(model, str(dtype).removeprefix("torch.")),
     )
+
+
+def _costs(model: Any, dtype: str) -> ModelCosts | None:
+    if dtype not in DTYPE_BYTES:
+        return None
+    converted = is_converted(model) and switch_of(model).converted
+    return model_costs(model.config, LinearizeConfig.from_dict(model.config.linearize) if converted else None, dtype)
 
 
 def weight_bytes(model: Any) -> int:

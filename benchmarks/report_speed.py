@@ -157,6 +157,7 @@ def _time_table(result: dict[str, Any]) -> str:
         times, pair = cell["ms_per_token"], pairs.get(key(cell))
         line: list[str | Cell] = [_name(result, cell), *_where(result, cell), number(times["p50"])]
         line += [span((times["min"], times["max"])), number(times["p95"]), number(cell["tokens_per_s"])]
+        line.append(DASH if cell["share_of_bound"] is None else percent(cell["share_of_bound"]))
         speedup: list[float | None] = [None, None, None]
         if pair is None:
             line.append(DASH)
@@ -169,10 +170,29 @@ def _time_table(result: dict[str, Any]) -> str:
             [cell["row"], cell["mode"], cell["context"], cell["batch"]]
             + [times[part] for part in ("p50", "min", "max", "p95", "mean")]
             + [cell["tokens_per_s"], *speedup, cell["repeats"], cell["recompiles"], cell["weight_bytes"]]
+            + [cell["bound_ms"], cell["share_of_bound"]]
         )
-    head = ["row", *_where_titles(result), "ms per token, median", "repeats’ medians", "p95", "tokens/s", "speed-up"]
+    head = [
+        "row",
+        *_where_titles(result),
+        "ms per token, median",
+        "repeats’ medians",
+        "p95",
+        "tokens/s",
+        "of the bound",
+        "speed-up",
+    ]
     columns = ["row", "mode", "context", "batch", "ms p50", "ms low", "ms high", "ms p95", "ms mean", "tokens/s"]
-    columns += ["speed-up", "speed-up low", "speed-up high", "repeats", "recompiles", "weight bytes"]
+    columns += [
+        "speed-up",
+        "speed-up low",
+        "speed-up high",
+        "repeats",
+        "recompiles",
+        "weight bytes",
+        "bound ms",
+        "share of bound",
+    ]
     batch = "" if len(result["batches"]) > 1 else f", batch {result['batches'][0]}"
     caption = (
         f"Decoding {result['decode_tokens']} tokens a repeat{batch}, on {result['device']}, "

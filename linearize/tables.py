@@ -256,7 +256,18 @@ def _evaluation_columns(result: dict[str, Any]) -> tuple[list[str], list[Callabl
 def print_bench(result: dict[str, Any]) -> None:
     """The cells of bench.json, a table for each batch, and from which context on each row is faster."""
     best = {(pair["row"], pair["context"], pair["batch"], pair["mode"]): pair for pair in result["comparisons"]}
-    columns = ["context", "row", "mode", "ms per token", "p95", "tokens/s", "times as fast", "prefill ms", "cache"]
+    columns = [
+        "context",
+        "row",
+        "mode",
+        "ms per token",
+        "p95",
+        "tokens/s",
+        "of bound",
+        "times as fast",
+        "prefill ms",
+        "cache",
+    ]
     for batch in result["batches"]:
         rows = []
         for cell in result["cells"]:
@@ -271,6 +282,7 @@ def print_bench(result: dict[str, Any]) -> None:
                     f"{cell['ms_per_token']['p50']:.2f}",
                     f"{cell['ms_per_token']['p95']:.2f}",
                     f"{cell['tokens_per_s']:.1f}",
+                    "-" if cell["share_of_bound"] is None else f"{100 * cell['share_of_bound']:.0f} %",
                     "-" if pair is None else _speedup(pair["speedup"]),
                     "-" if cell["prefill_ms"] is None else f"{cell['prefill_ms']['p50']:.0f}",
                     human_bytes(cell["cache_bytes"]["total"]),
