@@ -12,7 +12,7 @@ from linearize.benchmarks.headline import prefills
 from linearize.benchmarks.page import Cell, Data, Section
 from linearize.benchmarks.plots import Line, Point
 from linearize.benchmarks.report_format import DASH, ends, span
-from linearize.benchmarks.summary import number, size
+from linearize.benchmarks.summary import number, percent, size
 from linearize.benchmarks.verdicts import of_ranges, tone
 
 __all__ = ["speed_section"]
