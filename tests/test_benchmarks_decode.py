@@ -32,6 +32,8 @@ from tests.tiny_models import make_model, make_tokens
 
 TOKENS = torch.arange(100)
 EAGER = ["dynamic", "static"]
+# What an original in float32 has besides, on a CPU.
+PROJECTIONS = ["dynamic+projections", "static+projections"] if torch.backends.mkl.is_available() else []
 CPU = torch.device("cpu")
 
 
@@ -71,6 +73,7 @@ def traced(monkeypatch, caplog):
 def test_converted_model_from_end_to_end():
     rows = speed_rows(make_student())
     sizes = {"decode_tokens": 3, "repeats": 2, "batches": [2, 1], "modes": EAGER}
+    modes_in_order = [mode.name for mode in modes_of(make_model("llama"))]
     result = decode.bench_decode(rows, [40, 20], TOKENS, **sizes)
     json.dumps(result, allow_nan=False)
     assert (result["contexts"], result["batches"], result["dropped"]) == ([20, 40], [1, 2], [])
@@ -101,8 +104,10 @@ def test_converted_model_from_end_to_end():
     assert student[0]["state"] > 0
     assert len(result["blocks"]) == 8
     assert result["dtypes"]["student"] == "float32"
-    asked = {"row": "original", "mode": "static+compile", "reason": "it was not asked for"}
-    assert result["skipped"] == [asked]
+    reason = "it was not asked for"
+    assert result["skipped"] == [
+        {"row": "original", "mode": mode, "reason": reason} for mode in modes_in_order if mode not in EAGER
+    ]
     assert {(pair["context"], pair["batch"]) for pair in result["comparisons"]} == {(20, 1), (20, 2), (40, 1), (40, 2)}
     assert [found["batch"] for found in result["crossover"]] == [1, 2]
 
@@ -110,18 +115,37 @@ def test_converted_model_from_end_to_end():
 class TestModes:
     def test_a_model_has_what_its_caches_can(self):
         original, student, hybrid = make_model("llama"), make_student(), make_student(softmax_layers=[0])
-        assert [mode.name for mode in modes_of(original)] == ["dynamic", "static", "static+compile"]
+        own = ["dynamic", *PROJECTIONS[:1], "static", *PROJECTIONS[1:], "static+compile"]
+        assert [mode.name for mode in modes_of(original)] == own
+        assert [mode.name for mode in modes_of(make_model("llama").bfloat16())] == [
+            "dynamic",
+            "static",
+            "static+compile",
+        ]
         assert [mode.name for mode in modes_of(student)] == ["dynamic"]
         assert [mode.name for mode in modes_of(hybrid)] == ["dynamic"]  # softmax layers beside it cannot be static
         with original_attention(student):
             assert [mode.name for mode in modes_of(student)] == ["dynamic", "static", "static+compile"]
+
+    @torch.no_grad()
+    def test_projections_are_the_students_and_are_taken_off(self, monkeypatch):
+        model, seen = make_model("llama"), []
+        plain = torch.bmm
+        monkeypatch.setattr(torch, "bmm", lambda *args: (seen.append(args[1].shape[-1]), plain(*args))[1])
+        for mode in ("dynamic", "static"):
+            decode.measure(model, decode.Run(MODES[mode], make_tokens(1, 30), 0, 64, 2))
+        assert seen.count(1) == 0
+        if PROJECTIONS:
+            decode.measure(model, decode.Run(MODES["static+projections"], make_tokens(1, 30), 0, 64, 2))
+            assert seen.count(1) > 0
+        assert not any("forward" in module.__dict__ for module in model.modules())
 
     def test_a_student_whose_cache_compiles_is_compiled(self, monkeypatch):
         monkeypatch.setattr("linearize.cache.NearFarLayer.is_compileable", True)
         assert [mode.name for mode in modes_of(make_student())] == ["dynamic", "compile"]
         assert [mode.name for mode in modes_of(make_student(softmax_layers=[0]))] == ["dynamic"]
 
-    @pytest.mark.parametrize("mode", ["dynamic", "static", "static+compile"])
+    @pytest.mark.parametrize("mode", ["dynamic", "static", "static+compile", *PROJECTIONS])
     def test_measure_decodes_what_generation_does(self, mode, traced):
         model, read = make_model("llama"), []
         prompt = make_tokens(2, 30)
@@ -171,7 +195,7 @@ class TestModes:
         modes.compile_obstacle.cache_clear()
         reason = "torch.compile does not work on this machine: No working C++ compiler found"
         assert result["skipped"] == [{"row": "original", "mode": "static+compile", "reason": reason}]
-        assert result["modes"]["original"] == ["dynamic", "static"]
+        assert sorted(result["modes"]["original"]) == sorted(["dynamic", "static", *PROJECTIONS])
 
     def test_a_model_that_does_not_compile_is_left_out_everywhere(self, monkeypatch):
         failing = {"after": 2}
@@ -188,7 +212,7 @@ class TestModes:
         monkeypatch.setattr(decode, "compile_obstacle", lambda device: None)
         monkeypatch.setattr(decode, "compiled_call", step)
         result = decode.bench_decode(speed_rows(make_student()), [20, 30], TOKENS, decode_tokens=2, repeats=2)
-        assert {cell["mode"] for cell in result["cells"]} == {"dynamic", "static"}
+        assert {cell["mode"] for cell in result["cells"]} == {"dynamic", "static", *PROJECTIONS}
         assert {cell["repeats"] for cell in result["cells"]} == {2}
         reason = "compiling the step failed: no such operator"
         assert result["skipped"] == [{"row": "original", "mode": "static+compile", "reason": reason}]
