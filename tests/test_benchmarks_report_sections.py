@@ -271,7 +271,7 @@ class TestSpeed:
         pair["verdict"] = "undecided"
         times = read(speed_section(bench)).tables[0]
         (student,) = [row for row in times if row[:2] == ["student", "512"]]
-        assert student[6].endswith("(0.500 to 1.50)")
+        assert student[7].endswith("(0.500 to 1.50)")
 
     @pytest.mark.skipif(not plots.available(), reason="needs matplotlib")
     def test_a_figure_of_each_kind_for_every_batch(self, bench, monkeypatch):
