@@ -13,7 +13,8 @@ The step is that in the middle of the answer, which is the mean of a cost that g
 W consecutive ones, so that the one that folds a chunk into the state counts as often as in use.
 
 Where the numbers are from
-    measured    by `decode.measure` at that very batch and length, each in its best mode that is not compiled
+    measured    by `decode.measure` at that very batch and length, each row in the best of its modes that need no
+                compiler; of a long context a part is read and the rest filled in, see `linearize.benchmarks.filling`
     predicted   this machine cannot hold or reach that batch in time (`max_minutes`), so half of it is measured, or a
                 quarter, ...: what that step takes beyond its bound is added to the bound of the whole batch. A prompt
                 too long to read is predicted from a shorter one, in proportion to their bounds
@@ -31,25 +32,26 @@ Where the numbers are from
      "seconds": float, "machine": {...}}
 
 FOUND is {"ms": float, "how": "measured" | "predicted" | "bound", "bound_ms": float, "at": int | null, "reason": str |
-null, "mode": MODE | null}: `at` is the batch or the prompt's tokens that were measured, `reason` why
-those and not all of them.
+null, "mode": str | null}: `at` is the batch or the prompt's tokens that were measured, `reason` why those and not all
+of them, `mode` how a step was decoded, see `linearize.benchmarks.modes`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from linearize.benchmarks.decode import WARMUP, Run, measure
+from linearize.benchmarks.decode import WARMUP, Run, measure, measure_prefill
 from linearize.benchmarks.evaluate import BASELINE
+from linearize.benchmarks.filling import tokens_to_read
 from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
 from linearize.benchmarks.machine import available_memory, machine_info
-from linearize.benchmarks.modes import MODES, modes_of
+from linearize.benchmarks.probe import probe
 from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
-from linearize.benchmarks.speed import Sample
 from linearize.benchmarks.step_costs import ModelCosts, model_costs, prefill_flops
 from linearize.config import LinearizeConfig
 from linearize.console import human_bytes, human_tokens
@@ -61,8 +63,8 @@ __all__ = ["KIND", "bench_capacity", "check_capacity"]
 
 KIND = "linearize.capacity"
 ANSWERS = 1000
-# Of what is free, for the cache and one layer's activations: the rest is for copies that they leave in the allocator.
-FREE_SHARE = 0.7
+# Of what is free, for one measurement: the rest is for what the allocator loses between blocks.
+FREE_SHARE = 0.8
 # How many times its bound the first prompt is expected to take; later ones go by the one before.
 SLOWNESS = 4.0
 STEPS = 16  # timed where nothing folds
@@ -180,17 +182,17 @@ class _Row:
     def __init__(
         self, rows: Rows, row: str, costs: ModelCosts, roof: Roof, limit_s: float, steps: int, seed: int
     ) -> None:
-        self.row = row
         self.enter = rows[row]
-        with self.enter() as model:
-            # Compiling takes longer than what it is to save here.
-            self.modes = [mode.name for mode in modes_of(model) if not mode.compiled]
+        self.row = row
         self.costs = costs
         self.roof = roof
         self.limit_s = limit_s
         self.steps = steps
         self.generator = torch.Generator().manual_seed(seed)
         self.slowness = SLOWNESS  # measured prefill over its bound, of the last prompt
+        with self.enter() as model:
+            self.probe = probe(model)
+            self.vocabulary = base_model(model).config.vocab_size
 
     def prefill(self, tokens: int) -> Found:
         """Of one prompt: measured, or predicted from the longest half, quarter, ... that can be measured in time."""
@@ -199,12 +201,11 @@ class _Row:
             return predict(self.costs.read_bytes, prefill_flops(self.costs, length), self.roof, self.costs.dtype)
 
         def obstacle(length: int) -> str | None:
-            return self._obstacle(1, length, self.slowness * bound(length))
+            return self._obstacle(1, length, self.slowness * bound(length), self.probe.needed_bytes(length, length, 1))
 
-        def run(length: int) -> tuple[float, str]:
-            read_ms = self._sample(1, length, "dynamic", steps=1).prefill_ms
-            assert read_ms is not None, "nothing is filled in"
-            return read_ms / 1e3, "dynamic"
+        def run(length: int) -> tuple[float, None]:
+            with self._ready() as model:
+                return measure_prefill(model, self._prompt(1, length)) / 1e3, None
 
         tried = _largest(tokens, obstacle, run)
         if tried.seconds is None:
@@ -212,21 +213,28 @@ class _Row:
         self.slowness = tried.seconds / bound(tried.size)
         how = "measured" if tried.size == tokens else "predicted"
         seconds = tried.seconds if how == "measured" else bound(tokens) * self.slowness
-        return Found(1e3 * seconds, how, 1e3 * bound(tokens), tried.size, tried.reason, tried.mode)
+        return Found(1e3 * seconds, how, 1e3 * bound(tokens), tried.size, tried.reason)
 
     def step(self, batch: int, context: int, read_s: float) -> Found:
-        """Of the whole batch. `read_s`: seconds that reading a token takes, as every sequence is read first."""
+        """Of the whole batch. `read_s`: seconds that reading a token of a prompt takes."""
+        # The timed steps lie around `context`, so that their mean is that there.
+        length = max(1, context - WARMUP - self.steps // 2)
+        read, capacity = tokens_to_read(length, self.probe.period), length + WARMUP + self.steps
+        modes = [mode for mode in self.probe.modes if not mode.compiled]
 
         def bound(size: int) -> float:
             return step_seconds(self.costs, context, size, self.roof)
 
         def obstacle(size: int) -> str | None:
-            return self._obstacle(size, context, size * context * read_s + self.steps * bound(size))
+            seconds = len(modes) * (size * read * read_s + self.steps * bound(size))
+            return self._obstacle(size, context, seconds, self.probe.needed_bytes(read, capacity, size))
 
         def run(size: int) -> tuple[float, str]:
-            # The mean of the timed steps is that at `context`, and each row has the best of its modes.
-            length = max(1, context - WARMUP - self.steps // 2)
-            found = [(fmean(self._sample(size, length, name, self.steps).step_ms) / 1e3, name) for name in self.modes]
+            prompt, found = self._prompt(size, read), []
+            for mode in modes:
+                with self._ready() as model:
+                    sample = measure(model, Run(mode, prompt, length - read, capacity, self.steps))
+                found.append((fmean(sample.step_ms) / 1e3, mode.name))
             return min(found)
 
         tried = _largest(batch, obstacle, run)
@@ -238,23 +246,23 @@ class _Row:
         seconds = step_seconds(self.costs, context, batch, roof)
         return Found(1e3 * seconds, "predicted", 1e3 * bound(batch), tried.size, tried.reason, tried.mode)
 
-    def _obstacle(self, batch: int, tokens: int, seconds: float) -> str | None:
-        """Why a measurement cannot be made here."""
+    def _obstacle(self, batch: int, tokens: int, seconds: float, needed: int) -> str | None:
+        """Why a measurement of so many seconds and bytes cannot be made here."""
         if seconds > self.limit_s:
             return f"{batch} x {tokens} tokens would take about {seconds / 60:.1f} minutes"
-        with self.enter() as model:
-            free = available_memory(device_of(model))
-        needed = self.costs.cache_bytes(tokens, batch) + batch * _activation_bytes(self.costs, tokens)
+        free = available_memory(self.probe.device)
         if free is not None and needed > FREE_SHARE * free:
             return f"{batch} x {tokens} tokens would take about {human_bytes(needed)} of {human_bytes(free)} free"
         return None
 
-    def _sample(self, batch: int, length: int, mode: str, steps: int) -> Sample:
-        """The one place that measures, by all that is needed of `linearize.benchmarks.decode`."""
-        with self.enter() as model, inference(model):
-            vocabulary = base_model(model).config.vocab_size
-            prompt = torch.randint(vocabulary, (batch, length), generator=self.generator)
-            return measure(model, Run(MODES[mode], prompt, 0, length + WARMUP + steps, steps))
+    @contextmanager
+    def _ready(self) -> Iterator[Any]:
+        """The row's model, to be measured."""
+        with self.enter() as model, inference(model, torch.no_grad):
+            yield model
+
+    def _prompt(self, batch: int, length: int) -> torch.Tensor:
+        return torch.randint(self.vocabulary, (batch, length), generator=self.generator)
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,7 @@ class Tried:
     reason: str | None = None
 
 
-def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[int], tuple[float, str]]) -> Tried:
+def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[int], tuple[float, str | None]]) -> Tried:
     """Measure `size`, or half of it, or a quarter, ...: the first that nothing speaks against."""
     first = None
     while size >= 1:
@@ -282,17 +290,6 @@ def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[in
         first = first or reason
         size //= 2
     return Tried(reason=first)
-
-
-def _activation_bytes(costs: ModelCosts, tokens: int) -> int:
-    """About what one layer holds while it reads a prompt: hidden states, the MLP's inner ones, and in a converted layer
-    the weights of near keys."""
-    config, element = costs.model_config, DTYPE_BYTES[costs.dtype]
-    one = element * (4 * config.hidden_size + 3 * config.intermediate_size)
-    if costs.conversion is not None:
-        keys = costs.conversion.sinks + 2 * costs.conversion.window
-        one += 2 * 4 * costs.geometry.heads * (keys + costs.geometry.head_dim)
-    return tokens * one
 
 
 def _costs(rows: Rows, row: str, dtype: str) -> ModelCosts:

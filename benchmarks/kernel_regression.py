@@ -48,7 +48,7 @@ def read_old(
     """
     if tolerance < 0:
         raise LinearizeError(f"tolerance: {tolerance:g} % is below 0; use 0 or more, such as 10")
-    old = read_json(path, KIND)
+    old = read_json(path, KIND, schema=1)
     shape = problem.shape if problem.model == old["model"] else {}  # another model's is not asked for
     _check(old, {"device": device, "model": problem.model, "shape": shape, "machine": machine_info()}, path)
     wanted = set(product(whats, dtypes, tokens))

@@ -15,10 +15,9 @@ from linearize.benchmarks.files import read_json
 from linearize.benchmarks.roofline import Roof, model_costs, predict, step_seconds
 from linearize.benchmarks.speed import Sample
 from linearize.benchmarks.step_costs import prefill_flops
-from linearize.cache import cache_bytes
 from linearize.cli import app
 from linearize.config import LinearizeConfig
-from linearize.convert import is_converted, original_attention
+from linearize.convert import is_converted
 from linearize.errors import LinearizeError
 from linearize.rows import speed_rows
 from tests.saved_models import save_tiny_model
@@ -37,22 +36,29 @@ def rows():
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Measurements that take 3 times their bound and 5 ms, and are recorded: (row, batch, length, mode, steps).
-
-    Every mode but "dynamic" takes 1 ms more.
-    """
+    """Prefills that take 3 times their bound and steps that take 5 ms beyond theirs, recorded: (converted, batch,
+    tokens behind the first timed step, tokens read, mode). In the mode "static" a step takes 1 ms more."""
     measured = []
 
+    def costs(model):
+        return costs_of("student" if is_converted(model) else "original")
+
     def measure(model, run):
-        (batch, length), mode, steps = run.prompt.shape, run.mode.name, run.decode_tokens
-        row = "student" if is_converted(model) else "original"
-        measured.append((row, batch, length, mode, steps))
-        costs = model_costs(make_config("llama"), None if row == "original" else CONFIG, "float32")
-        read = 3 * bound_of_prefill(costs, length)
-        ms = 1e3 * step_seconds(costs, length + WARMUP + steps // 2, batch, ROOF) + 5 + (mode != "dynamic")
-        return Sample(1e3 * read, (ms - 2,) * (steps // 2) + (ms + 2,) * (steps - steps // 2), {})
+        batch, read = run.prompt.shape
+        context = read + run.filled + WARMUP
+        measured.append((is_converted(model), batch, context, read, run.mode.name))
+        assert run.capacity == context + run.decode_tokens
+        half = run.decode_tokens // 2
+        ms = 1e3 * step_seconds(costs(model), context + half, batch, ROOF) + 5 + run.mode.static
+        return Sample(None, (ms - 2,) * half + (ms + 2,) * half, {})
+
+    def measure_prefill(model, prompt):
+        batch, length = prompt.shape
+        measured.append((is_converted(model), batch, length, length, "prefill"))
+        return 3e3 * bound_of_prefill(costs(model), length)
 
     monkeypatch.setattr(capacity, "measure", measure)
+    monkeypatch.setattr(capacity, "measure_prefill", measure_prefill)
     monkeypatch.setattr(capacity, "bandwidth", lambda device, dtypes: RATES)
     monkeypatch.setattr(capacity, "available_memory", lambda device: 2**40)
     return measured
@@ -82,16 +88,20 @@ def test_everything_is_measured_where_that_is_possible(rows, made_up):
         assert (step["how"], step["at"], step["reason"]) == ("measured", batch, None)
         assert (prefill["how"], prefill["at"], prefill["reason"]) == ("measured", prompt, None)
         # The step in the middle of the answer, in the best mode.
-        assert step["mode"] == "dynamic"
+        assert (step["mode"], prefill["mode"]) == ("dynamic", None)
         assert step["ms"] == pytest.approx(1e3 * step_seconds(costs, prompt + 20, batch, ROOF) + 5)
         assert step["bound_ms"] == pytest.approx(1e3 * step_seconds(costs, prompt + 20, batch, ROOF))
         assert cell["tokens_per_s"] == pytest.approx(1e3 * batch / step["ms"])
         read = 3 * bound_of_prefill(costs, prompt)
         seconds = 1000 * (read + 40 * step["ms"] / 1e3 / batch)
         assert cell["seconds_per_1000_answers"] == pytest.approx(seconds)
-    prompts = {(row, batch, length) for row, batch, length, _, _ in made_up}
-    assert ("original", 1, 960) in prompts  # prompts are read one at a time
-    assert {cache for row, _, _, cache, steps in made_up if row == "student"} == {"dynamic"}
+    assert (False, 1, 960, 960, "prefill") in made_up  # prompts are read one at a time
+    assert {mode for converted, *_, mode in made_up if not converted} == {"prefill", "dynamic", "static"}
+    # Of a long context a part is read, of a short one all.
+    steps = [(context, read) for *_, context, read, mode in made_up if mode == "dynamic"]
+    assert len(steps) == 4
+    for context, read in steps:
+        assert read == context - WARMUP if context < 500 else 512 <= read < 600
     json.dumps(found, allow_nan=False)
 
 
@@ -106,9 +116,9 @@ def test_what_takes_too_long_is_predicted_from_less(rows, made_up):
     original = costs_of("original")
     batch, middle = original.largest_batch(500, MEMORY), 480
     assert batch >= 4
-    # Time to read half of the batch and take 4 steps, but not for all of it.
-    token = 3 * bound_of_prefill(original, 460) / 460
-    half, whole = (n * middle * token + 4 * step_seconds(original, middle, n, ROOF) for n in (batch // 2, batch))
+    # Time to read half of the batch and take 4 steps in each of two modes, but not for all of it.
+    token, read = 3 * bound_of_prefill(original, 460) / 460, middle - WARMUP - 2
+    half, whole = (2 * (n * read * token + 4 * step_seconds(original, middle, n, ROOF)) for n in (batch // 2, batch))
     found = bench_capacity(rows, MEMORY, [500], 40, max_minutes=(half + whole) / 2 / 60)["cells"][0]
     step = found["step"]
     assert found["prefill"]["how"] == "measured"
@@ -166,20 +176,18 @@ def test_real_measurements_hold_as_many_bytes_as_the_batch_was_chosen_by(rows, m
 
     def measure(model, run):
         sample = plain(model, run)
-        tokens = run.prompt.shape[1] + WARMUP + run.decode_tokens
-        held.append((run.prompt.shape[0], tokens, run.mode.name, sample.cache_bytes["total"]))
+        held.append((is_converted(model), run.prompt.shape[0], run.capacity, sample.cache_bytes["total"]))
         return sample
 
     monkeypatch.setattr(capacity, "measure", measure)
     monkeypatch.setattr(capacity, "bandwidth", lambda device, dtypes: RATES)
-    rows = {name: enter for name, enter in rows.items() if name in ("original", "student")}
-    bench_capacity(rows, 600_000, [64], answer_tokens=16, max_minutes=1e9)
-    original, student = costs_of("original"), costs_of("student")
-    assert held[0] == (1, 48 + WARMUP + 1, "dynamic", original.cache_bytes(48 + WARMUP + 1))
-    full = 64 - 8 + 2  # the steps lie about the middle of the answer: half of it, and half of the timed ones, beyond
-    batch = original.largest_batch(64, 600_000)
-    assert {x[-1] for x in held if x[2].startswith("static")} == {original.cache_bytes(full, batch)}
-    assert held[-1][-1] == student.cache_bytes(full, student.largest_batch(64, 600_000))
+    memory = 600_000
+    bench_capacity(rows, memory, [64, 700], answer_tokens=16, max_minutes=1e9)
+    assert {converted for converted, *_ in held} == {True, False}
+    for converted, batch, tokens, total in held:
+        costs = costs_of("student" if converted else "original")
+        assert batch == costs.largest_batch(700 if tokens > 64 else 64, memory)
+        assert total == costs.cache_bytes(tokens, batch)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +213,6 @@ def test_bad_input(rows, changes, message):
     with pytest.raises(LinearizeError) as error:
         bench_capacity(**({"rows": rows, "memory": MEMORY, "contexts": [1000]} | changes))
     assert str(error.value) == message
-
-
-def test_rows_are_left_as_they_were(rows, made_up):
-    bench_capacity(rows, MEMORY, [200], 40)
-    with rows["student"]() as model:
-        assert is_converted(model)
-        with original_attention(model), torch.no_grad():
-            assert cache_bytes(model(torch.ones(1, 9, dtype=torch.long), use_cache=True).past_key_values)["state"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -434,6 +434,8 @@ class TestRegression:
             read_old(path, SMALL, "cpu", *cells, -1.0)
         with pytest.raises(LinearizeError, match=r"holds 'other', expected 'linearize\.bench_kernels'"):
             read_old(write_json(tmp_path / "other.json", {"kind": "other"}), SMALL, "cpu", *cells)
+        with pytest.raises(LinearizeError, match=r"schema 2 of .* was written by another version"):
+            read_old(write_json(tmp_path / "new.json", result | {"schema": 2}), SMALL, "cpu", *cells)
 
 
 @pytest.mark.slow
