@@ -365,7 +365,11 @@ def bench_decode(
     decode_tokens: Annotated[int, typer.Option(help="Timed steps a repeat.")] = 16,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats, of which the median is shown.")] = 5,
     modes: Annotated[
-        str | None, typer.Option(help="Among dynamic, static, static+compile, ...; all that a row has if left out.")
+        str | None,
+        typer.Option(
+            help="Among dynamic, static, static+compile, compile, dynamic+projections, static+projections; all, with "
+            "minutes of compiling, if left out."
+        ),
     ] = None,
     fill: Annotated[
         str, typer.Option(help="Of more tokens than this, context times batch, a part is filled in, not read; or none.")

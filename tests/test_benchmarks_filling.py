@@ -115,6 +115,15 @@ def test_keys_and_values_keep_their_mean_and_spread_by_layer_and_head():
         assert torch.equal(layer.values[:, :, 400], before[1][:, :, drawn[0][0]])
 
 
+def test_no_slot_that_was_never_written_is_drawn():
+    cache = read("static", READ_TOKENS)[1].past_key_values
+    extend(cache, TOKENS - READ_TOKENS)
+    for layer in cache.layers:
+        written = layer.keys.abs().sum(-1) > 0
+        assert written[:, :, :TOKENS].all()
+        assert not written[:, :, TOKENS:].any()
+
+
 def test_the_same_seed_draws_the_same_tokens():
     caches = [read("dynamic", 40)[1].past_key_values for _ in range(3)]
     for cache, seed in zip(caches, (0, 0, 1)):
@@ -142,6 +151,17 @@ def test_padded_rows_are_not_filled():
         cache = model(make_tokens(2, 30), attention_mask=mask, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="its rows have lengths of their own"):
         extend(cache, PERIOD)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_a_measurement_fills_in_what_it_does_not_read(mode):
+    model, filled = make_model("llama"), TOKENS - READ_TOKENS
+    with torch.no_grad():
+        sample = decode.measure(model, decode.Run(MODES[mode], make_tokens(2, READ_TOKENS), filled, CAPACITY, 3))
+    assert (sample.prefill_ms, sample.filled, len(sample.step_ms)) == (None, filled, 3)
+    held = CAPACITY if mode == "static" else TOKENS + decode.WARMUP + 3
+    # 3 layers, keys and values, batch 2, 2 key-value heads of 16, float32
+    assert sample.cache_bytes["softmax"] == 3 * 2 * 2 * 2 * 16 * 4 * held
 
 
 @pytest.mark.parametrize("period", [1, 16, 64, 1024])
