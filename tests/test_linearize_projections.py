@@ -17,6 +17,13 @@ from tests.tolerance import assert_near
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
 
 
+class Quantized(nn.Parameter):
+    """A weight that only `linear` can read, as those of quantization libraries are."""
+
+    def view(self, *shape):
+        raise NotImplementedError
+
+
 class Switched:
     few_rows = True
 
@@ -75,6 +82,10 @@ def test_everything_else_is_left_to_pytorch(products):
         copy.deepcopy(model).to(torch.float64)(one.double())
         copy.deepcopy(model).to(torch.bfloat16)(one.bfloat16())
         copy.deepcopy(model).to("meta")(one.to("meta"))
+        other = copy.deepcopy(model)
+        other[0].weight = Quantized(other[0].weight.detach())
+        assert_near(other(one), model(one))
+        products.clear()
         model[0].forward.switch.few_rows = False
         model(one)
     assert products == []
