@@ -42,14 +42,17 @@ def table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
     Args:
         results: (label, evaluate.json). Columns are those of all results together; a result without one has a dash.
+            Rows that are the same in all of them, as an original and its control are, stand once, first.
     """
-    lines: list[tuple[str, dict[str, str]]] = []
+    measured = [
+        {row: {head: cell(row) for head, cell in _columns(result).items()} for row in result["rows"]}
+        for _, result in results
+    ]
+    shared = [row for row in measured[0] if all(rows.get(row) == measured[0][row] for rows in measured)]
+    lines = [(row, measured[0][row]) for row in shared]
     quotients: list[tuple[str, dict[str, str]]] = []
-    for label, result in results:
-        columns = _columns(result)
-        for row in result["rows"]:
-            name = f"{label}: {row}" if len(results) > 1 else row
-            lines.append((name, {head: cell(row) for head, cell in columns.items()}))
+    for (label, result), rows in zip(results, measured, strict=True):
+        lines += [(f"{label}: {row}", cells) for row, cells in rows.items() if row not in shared]
         for row, what in OVER.items():
             name = f"{label}, over {what}" if len(results) > 1 else f"over {what}"
             if cells := ratios(result, row):

@@ -1,5 +1,6 @@
 """The table of a distillation: its columns, and cells that were not measured."""
 
+import copy
 import math
 
 import pytest
@@ -63,6 +64,15 @@ def test_several_results_have_the_columns_of_all():
     last = found[-1]
     assert [last[head] for head in ("ended", "repeated", "loops", "length")] == ["25 %", "50 %", "12 %", "1.50"]
     assert last["tokens seen"] == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
+
+
+def test_rows_that_are_the_same_in_all_results_stand_once():
+    first = evaluation()
+    second = copy.deepcopy(first)
+    second["texts"]["wiki"]["1024"]["rows"]["student"]["ppl"] += 1
+    found = rows_of(table([("a", first), ("b", second)]))
+    assert [row["row"] for row in found] == ["original", "a: student", "b: student"]
+    assert found[1] != found[2]
 
 
 def test_what_the_student_is_compared_with():

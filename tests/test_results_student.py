@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from linearize import original_attention
+from linearize.benchmarks.distillation_table import table as distillation_table
 from linearize.benchmarks.sweep import table
 from linearize.convert import base_model, state_off
 from linearize.distill.data import build_stream
@@ -72,3 +73,34 @@ def test_a_sweeps_page_is_what_its_measurements_say(file) -> None:
     assert file.with_suffix(".md").read_text(encoding="utf-8") == table(result)
     asked = yaml.safe_load(file.with_suffix(".yaml").read_text(encoding="utf-8"))["variants"]
     assert [variant["name"] for variant in result["variants"]] == list(asked)
+
+
+LABELS = {"student-25": "8 softmax layers", "student-0": "no softmax layer"}
+
+
+@pytest.mark.parametrize("kind", ["", "-tasks"])
+def test_the_readmes_tables_are_what_was_measured(kind) -> None:
+    """Every cell whose row and column the measurements have; the readme shows a part of the columns of each."""
+    results = [
+        (label, json.loads((RESULTS / f"{name}{kind}.json").read_text("utf-8"))) for name, label in LABELS.items()
+    ]
+    known = {place: cell for part in tables(distillation_table(results)) for place, cell in part.items()}
+    readme = (RESULTS / "README.md").read_text(encoding="utf-8")
+    shown = [part for part in tables(readme) if part.keys() & known.keys()]
+    if kind:
+        shown = [part for part in shown if any(head == "arc_easy" for _, head in part)]
+    else:
+        shown = [part for part in shown if any(head == "wikitext2 at 1k" for _, head in part)]
+    assert len(shown) == (1 if kind else 2)
+    for part in shown:
+        assert part.keys() <= known.keys()
+        assert part == {place: known[place] for place in part}
+
+
+def tables(text: str) -> list[dict[tuple[str, str], str]]:
+    """(row, column) -> cell of every Markdown table."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", flags=re.MULTILINE):
+        head, _, *lines = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines())
+        found.append({(line[0], title): cell for line in lines for title, cell in zip(head[1:], line[1:], strict=True)})
+    return found
