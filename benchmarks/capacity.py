@@ -38,7 +38,7 @@ of them, `mode` how a step was decoded, see `linearize.benchmarks.modes`.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -48,14 +48,12 @@ import torch
 from linearize.benchmarks.decode import WARMUP, Run, measure, measure_prefill
 from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.filling import tokens_to_read
-from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
+from linearize.benchmarks.inference import Rows, inference, progress_bar
 from linearize.benchmarks.machine import available_memory, machine_info
-from linearize.benchmarks.probe import probe
+from linearize.benchmarks.probe import Probe, probe
 from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
-from linearize.benchmarks.step_costs import ModelCosts, model_costs, prefill_flops
-from linearize.config import LinearizeConfig
+from linearize.benchmarks.step_costs import ModelCosts, prefill_flops
 from linearize.console import human_bytes, human_tokens
-from linearize.convert import base_model
 from linearize.errors import LinearizeError
 from linearize.inspection import DTYPE_BYTES
 
@@ -117,18 +115,21 @@ def bench_capacity(
         raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
     start = time.perf_counter()
     lengths = sorted(set(contexts))
-    with rows[BASELINE]() as model:
-        device, dtype = device_of(model), str(next(model.parameters()).dtype).removeprefix("torch.")
-    if dtype not in DTYPE_BYTES:
+    probes = {}
+    for row, enter in rows.items():
+        with enter() as model:
+            probes[row] = probe(model)
+    device, dtype = probes[BASELINE].device, str(probes[BASELINE].dtype).removeprefix("torch.")
+    costs = {row: found.costs for row, found in probes.items() if found.costs is not None}
+    if len(costs) < len(rows):
         raise LinearizeError(f"dtype: the model is in {dtype}; load it in one of {', '.join(DTYPE_BYTES)}")
     rates = bandwidth(device, dtypes=[dtype])
     roof = measured_roof(device, found=rates)
-    costs = {row: _costs(rows, row, dtype) for row in rows}
     steps = max((x.conversion.window for x in costs.values() if x.conversion is not None), default=STEPS)
     cells = []
     with progress_bar("capacity", total=len(lengths) * len(rows)) as advance:
         for row in rows:
-            bench = _Row(rows, row, costs[row], roof, 60 * max_minutes, steps, seed)
+            bench = _Row(row, rows[row], probes[row], costs[row], roof, 60 * max_minutes, steps, seed)
             for context in lengths:
                 prompt = context - answer_tokens if prompt_tokens is None else prompt_tokens
                 cells.append(_cell(bench, context, prompt, answer_tokens, memory))
@@ -180,19 +181,25 @@ class _Row:
     """One row's measurements. `limit_s`: what each may be expected to take; `steps`: timed in each."""
 
     def __init__(
-        self, rows: Rows, row: str, costs: ModelCosts, roof: Roof, limit_s: float, steps: int, seed: int
+        self,
+        row: str,
+        enter: Callable[[], AbstractContextManager[Any]],
+        found: Probe,
+        costs: ModelCosts,
+        roof: Roof,
+        limit_s: float,
+        steps: int,
+        seed: int,
     ) -> None:
-        self.enter = rows[row]
         self.row = row
+        self.enter = enter
+        self.probe = found
         self.costs = costs
         self.roof = roof
         self.limit_s = limit_s
         self.steps = steps
         self.generator = torch.Generator().manual_seed(seed)
         self.slowness = SLOWNESS  # measured prefill over its bound, of the last prompt
-        with self.enter() as model:
-            self.probe = probe(model)
-            self.vocabulary = base_model(model).config.vocab_size
 
     def prefill(self, tokens: int) -> Found:
         """Of one prompt: measured, or predicted from the longest half, quarter, ... that can be measured in time."""
@@ -249,7 +256,7 @@ class _Row:
     def _obstacle(self, batch: int, tokens: int, seconds: float, needed: int) -> str | None:
         """Why a measurement of so many seconds and bytes cannot be made here."""
         if seconds > self.limit_s:
-            return f"{batch} x {tokens} tokens would take about {seconds / 60:.1f} minutes"
+            return f"{batch} x {tokens} tokens would take about {seconds:.3g} s, above the {self.limit_s:.3g} s allowed"
         free = available_memory(self.probe.device)
         if free is not None and needed > FREE_SHARE * free:
             return f"{batch} x {tokens} tokens would take about {human_bytes(needed)} of {human_bytes(free)} free"
@@ -262,7 +269,8 @@ class _Row:
             yield model
 
     def _prompt(self, batch: int, length: int) -> torch.Tensor:
-        return torch.randint(self.vocabulary, (batch, length), generator=self.generator)
+        vocabulary = self.costs.model_config.vocab_size
+        return torch.randint(vocabulary, (batch, length), generator=self.generator)
 
 
 @dataclass(frozen=True)
@@ -290,14 +298,6 @@ def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[in
         first = first or reason
         size //= 2
     return Tried(reason=first)
-
-
-def _costs(rows: Rows, row: str, dtype: str) -> ModelCosts:
-    """Of a row: the original, or the conversion that its model records."""
-    with rows[row]() as model:
-        config = base_model(model).config
-    conversion = None if row == BASELINE else LinearizeConfig.from_dict(config.linearize)
-    return model_costs(config, conversion, dtype)
 
 
 def check_capacity(
