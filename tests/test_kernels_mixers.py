@@ -182,6 +182,18 @@ class TestGla:
         dirty = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (q, k, v))
         assert torch.equal(near_far_attention(*dirty, mixer, logit, **SHAPE, mix="gate", mask=mask), clean)
 
+    def test_a_prefill_leaves_a_memory_of_constant_size(self):
+        """Not views of what the prefill computed for every chunk."""
+        held = []
+        for length in (60, 600):
+            q, k, v, mixer, logit = make_gla(length, 1)
+            memory = Memory.empty(k, v, mixer, **SHAPE)
+            with torch.no_grad():
+                _, memory = near_far_step(q, k, v, memory, mixer, logit, **SHAPE, mix="gate")
+            tensors = (memory.keys, memory.values, *memory.state)
+            held.append(sum(x.untyped_storage().nbytes() for x in tensors))
+        assert held[0] == held[1] == sum(memory.nbytes())
+
     def test_the_memory_keeps_rotated_keys_and_no_normaliser(self):
         q, k, v, mixer, logit = make_gla()
         memory = Memory.empty(k, v, mixer, **SHAPE)

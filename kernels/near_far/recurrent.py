@@ -98,7 +98,8 @@ def recurrent_step(
         if q.shape[2] == 1 and not torch.is_grad_enabled():
             state.s.copy_(last.s)  # in place, as all of a memory at one token
         else:
-            state = State(last.s.detach().to(state.s.dtype), state.z)
+            # A copy: it may be a view of the states of all chunks, which would be kept alive with it.
+            state = State(last.s.detach().to(state.s.dtype, copy=True), state.z)
         return _blend(near, value, mix_logit), replace(after, state=state)
 
 
