@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from linearize.benchmarks.decode import WARMUP, Run, measure, measure_prefill
+from linearize.benchmarks.decode import WARMUP, OutOfMemory, Run, measure, measure_prefill, memory_errors
 from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.filling import tokens_to_read
 from linearize.benchmarks.inference import Rows, inference, progress_bar
@@ -290,8 +290,9 @@ def _largest(size: int, obstacle: Callable[[int], str | None], run: Callable[[in
         reason = obstacle(size)
         if reason is None:
             try:
-                seconds, mode = run(size)
-            except torch.OutOfMemoryError:
+                with memory_errors():
+                    seconds, mode = run(size)
+            except OutOfMemory:
                 reason = f"there is too little memory for {size} here"
             else:
                 return Tried(size, seconds, mode, first)

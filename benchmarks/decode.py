@@ -10,7 +10,8 @@ How it is measured
     One measurement is a prefill (timed apart), `WARMUP` steps, then `decode_tokens` greedy steps, each timed. What
     a compiled mode compiles, it compiles while it warms up; compilations during timed steps are counted and marked.
     The prefill grows by `decode_tokens` from one repeat to the next: together the timed steps run through consecutive
-    positions, so that work that a converted layer does once in W tokens is met as often as in use, not by luck. A
+    positions, so that work that a converted layer does once in W tokens is met as often as in use, not by luck: the
+    mean of all steps shows it, the median, by which rows are compared, does not. A
     preallocated cache has room for all of them, as if one text of that length were generated.
     Where context times batch exceeds `fill`, only a part of the context is read and the rest of the cache filled in
     (see `linearize.benchmarks.filling`): the steps cost the same, and the prefill is not reported.
@@ -100,7 +101,17 @@ from linearize.cache import cache_bytes
 from linearize.errors import LinearizeError
 from linearize.projections import fast_projections
 
-__all__ = ["FILL", "KIND", "Run", "bench_decode", "measure", "measure_prefill", "read_bench"]
+__all__ = [
+    "FILL",
+    "KIND",
+    "OutOfMemory",
+    "Run",
+    "bench_decode",
+    "measure",
+    "measure_prefill",
+    "memory_errors",
+    "read_bench",
+]
 
 KIND = "linearize.bench"
 SCHEMA = 2
@@ -232,7 +243,7 @@ def _rates(probes: dict[str, Probe]) -> dict[str, Any] | None:
 
 
 def _bound(cell: dict[str, Any], costs: ModelCosts | None, rates: dict[str, Any] | None) -> dict[str, float | None]:
-    """The roofline of a cell, in the middle of its timed steps, and how near it comes."""
+    """The roofline of a cell at its context, and how near it comes: that of weights that do not fit into the caches."""
     if costs is None or rates is None:
         return {"bound_ms": None, "share_of_bound": None}
     roof = measured_roof(rates["device"], found=rates)
@@ -349,7 +360,7 @@ class Run:
     decode_tokens: int
 
 
-class _OutOfMemory(Exception):
+class OutOfMemory(Exception):
     """A measurement ran out of memory, in one line."""
 
 
@@ -403,7 +414,7 @@ class _Bench:
             start, before = time.perf_counter(), matmul_ms(self.device)
             try:
                 measured = self._measure_rows(repeat, point, prompt, capacity)
-            except _OutOfMemory as error:
+            except OutOfMemory as error:
                 self._drop(point, str(error))
                 return
             if measured is None:
@@ -447,7 +458,7 @@ class _Bench:
                 return None
             run = Run(mode, prompt, self._length(repeat, point) - prompt.shape[1], capacity, self.decode_tokens)
             cell = Cell(row, mode.name, point.context, point.batch)
-            with self.rows[row]() as model, inference(model, torch.no_grad), _memory_errors():
+            with self.rows[row]() as model, inference(model, torch.no_grad), memory_errors():
                 if point.what == "prefill":
                     found[cell] = measure_prefill(model, prompt)
                     continue
@@ -544,16 +555,16 @@ class _Bench:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn an allocation that failed into `_OutOfMemory`; on a CPU PyTorch raises a plain RuntimeError."""
+def memory_errors() -> Iterator[None]:
+    """Turn an allocation that failed into `OutOfMemory`; on a CPU PyTorch raises a plain RuntimeError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise _OutOfMemory(f"out of memory: {first_line(error)}") from error
+        raise OutOfMemory(f"out of memory: {first_line(error)}") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise _OutOfMemory(f"out of memory: {first_line(error)}") from error
+        raise OutOfMemory(f"out of memory: {first_line(error)}") from error
 
 
 def measure_prefill(model: nn.Module, prompt: Tensor) -> float:

@@ -102,9 +102,10 @@ def _decoding(speed: dict[str, Any]) -> list[Claim]:
         spread = f"{span(ratio['ci95'] or (ratio['min'], ratio['max']), _decimals)} in {cell['repeats']} repeats"
         tone = {"faster": "good", "slower": "bad"}.get(pair["verdict"], "unclear" if once else "open")
         basis = f"{rank} measured; batch {pair['batch']}" if rank else f"batch {pair['batch']}"
-        basis += f", {_on(speed)}; each in its better mode: {pair['mode']}, the original {pair['baseline_mode']}."
+        basis += f", {_on(speed)}; each in its better mode: {pair['mode']}, the original {pair['baseline_mode']}"
+        basis += f"; {cell['filled']} tokens of the context filled in, not read." if cell["filled"] else "."
         brief = _times(ratio["p50"]) if found else f"decodes {_times(ratio['p50'])} as fast"
-        brief += f" at {place}" + (" (no difference measured)" if tone == "open" else "")
+        brief += f" at {place}" + {"open": " (no difference measured)", "unclear": " (one repeat)"}.get(tone, "")
         found.append(
             Claim(
                 topic=f"Decoding at {place}",
@@ -162,7 +163,11 @@ def _prefill(speed: dict[str, Any]) -> list[Claim]:
     return [
         Claim(
             topic=f"Prefill of {_place(ours, speed)}",
-            tone="unclear" if once else of_ranges((own["min"], own["max"]), (other["min"], other["max"])),
+            tone="unclear"
+            if once
+            else of_ranges(
+                (own["min"], own["max"]), (other["min"], other["max"]), min(ours["repeats"], theirs["repeats"])
+            ),
             value=_times(other["p50"] / own["p50"]),
             text=f"as fast as the original: {number(own['p50'])} ms against {number(other['p50'])} ms"
             + (" (one repeat, no spread)" if once else ""),

@@ -154,11 +154,13 @@ def _associative(
 
 def _copy(start: Sequence[int], alphabet: Sequence[int], length: int, generator: random.Random) -> RecallPrompt:
     """What follows a token is certain where all differ, which they do as far as the text has so many."""
-    half = (length - len(start)) // 2
-    once = generator.sample(alphabet, half) if half <= len(alphabet) else generator.choices(alphabet, k=half)
-    ids = (*start, *once, *once)
+    half, odd = divmod(length - len(start), 2)
+    many = half + odd <= len(alphabet)
+    drawn = generator.sample(alphabet, half + odd) if many else generator.choices(alphabet, k=half + odd)
+    before, once = drawn[:odd], drawn[odd:]  # where the length is odd, one more token before both
+    ids = (*start, *before, *once, *once)
     # Nothing says what the second copy begins with.
-    places = range(len(start) + half + 1, len(ids))
+    places = range(len(start) + odd + half + 1, len(ids))
     return RecallPrompt("copy", length, 0, float(half), ids, tuple(places), tuple(sorted(set(once))))
 
 

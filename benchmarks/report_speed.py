@@ -33,10 +33,12 @@ def speed_section(result: dict[str, Any]) -> Section:
         _bytes_table(result),
         page.paragraph(
             "Rows take turns within each repeat. Each is measured in every mode that it has: under a growing cache "
-            "(dynamic), a preallocated one (static), with its step compiled. At each context and batch the best mode "
-            "of the original is compared with the best of each other row. Speed-up is the original’s time over the "
-            "row’s: above 1 the row is faster. It is marked where all repeats, or their 95 % interval, leave out 1; a "
-            "prefill where the ranges of the repeats do not overlap.",
+            "(dynamic), a preallocated one (static), with its step compiled, the original also with the converted "
+            "model’s way of computing projections on a CPU (projections). At each context and batch the best mode of "
+            "the original is compared with the best of each other row. Speed-up is the original’s time over the row’s: "
+            "above 1 the row is faster. It is marked where its 95 % interval leaves out 1; a prefill where the ranges "
+            "of at least 4 repeats do not overlap. Median steps do not show what a converted layer does once in W "
+            "tokens; the mean, in the file, does. Contexts marked ° were filled in but for their first part, not read.",
             "small",
         ),
     )
@@ -50,7 +52,8 @@ def _name(result: dict[str, Any], found: dict[str, Any]) -> str:
 
 def _where(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """The columns of `_where_titles`."""
-    return [str(found["context"]), str(found["batch"])][: len(_where_titles(result))]
+    filled = "°" if found.get("filled") else ""
+    return [f"{found['context']}{filled}", str(found["batch"])][: len(_where_titles(result))]
 
 
 def _where_titles(result: dict[str, Any]) -> list[str]:
@@ -220,9 +223,8 @@ def _prefill_table(result: dict[str, Any]) -> str:
             line.append(DASH)
         else:
             ratio = theirs["p50"] / times["p50"]
-            # One repeat has no range.
-            verdict = of_ranges((times["min"], times["max"]), (theirs["min"], theirs["max"]))
-            line.append(Cell(number(ratio), tone(verdict) if one["repeats"] > 1 else ""))
+            verdict = of_ranges((times["min"], times["max"]), (theirs["min"], theirs["max"]), one["repeats"])
+            line.append(Cell(number(ratio), tone(verdict)))
         body.append([*line, str(one["repeats"])])
         rows.append(
             [one["row"], one["mode"], one["context"], one["batch"], times["p50"], times["min"], times["max"], ratio]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
-from linearize.benchmarks.verdicts import of_counts
+from linearize.benchmarks.verdicts import of_counts, of_ranges
 
 __all__ = [
     "CONTROL",
@@ -348,10 +348,11 @@ def _crossover(result: dict[str, Any], crossover: dict[str, Any]) -> Sentence:
 def _prefill(result: dict[str, Any]) -> list[Sentence]:
     """Prefill of the most tokens that both read, each in its faster mode, and how it grows."""
     best: dict[tuple[int, int, str], dict[str, float]] = {}
-    found = [((cell["context"], -cell["batch"], cell["row"]), cell["prefill_ms"]) for cell in result["cells"]]
-    found += [((part["length"], -part["batch"], part["row"]), part["ms"]) for part in result["prefill"]]
-    for key, times in found:
+    found = [(cell["context"], cell, cell["prefill_ms"]) for cell in result["cells"]]
+    found += [(part["length"], part, part["ms"]) for part in result["prefill"]]
+    for length, part, times in found:
         if times is not None:
+            key, times = (length, -part["batch"], part["row"]), times | {"repeats": part["repeats"]}
             best[key] = min(best.get(key, times), times, key=lambda known: known["p50"])
     both = [(length, batch) for length, batch, row in best if row == STUDENT and (length, batch, BASELINE) in best]
     if not both:
@@ -359,12 +360,14 @@ def _prefill(result: dict[str, Any]) -> list[Sentence]:
     tokens, batch = max(both)
     ours, theirs = best[tokens, batch, STUDENT], best[tokens, batch, BASELINE]
     text = f"Prefill of {tokens} tokens: {number(ours['p50'])} ms, the original {number(theirs['p50'])} ms"
-    if ours["max"] < theirs["min"]:
+    repeats = int(min(ours["repeats"], theirs["repeats"]))
+    verdict = of_ranges((ours["min"], ours["max"]), (theirs["min"], theirs["max"]), repeats)
+    if verdict == "good":
         first = Sentence("good", f"{text}; the student is {number(theirs['p50'] / ours['p50'])} times faster.")
-    elif ours["min"] > theirs["max"]:
+    elif verdict == "bad":
         first = Sentence("bad", f"{text}; the student is {number(ours['p50'] / theirs['p50'])} times slower.")
     else:
-        first = Sentence("open", f"{text}; no difference, their ranges overlap.")
+        first = Sentence("open", f"{text}; no difference is decided by {repeats} repeats.")
     growth = {part["row"]: part for part in result["prefill_growth"]}
     if not {STUDENT, BASELINE} <= growth.keys():
         return [first]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 __all__ = ["difference_interval", "of_counts", "of_interval", "of_ranges", "tone"]
 
 Z = 1.959963985  # the normal quantile of a 95 % interval
+ENOUGH = 4
 
 
 def of_interval(ci95: Sequence[float] | None, neutral: float, better: str) -> str:
@@ -27,8 +28,11 @@ def of_interval(ci95: Sequence[float] | None, neutral: float, better: str) -> st
     return "good" if (low > neutral) == (better == "higher") else "bad"
 
 
-def of_ranges(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The verdict of two ranges `[low, high]` where lower is better: decided where they do not overlap."""
+def of_ranges(ours: Sequence[float], theirs: Sequence[float], repeats: int) -> str:
+    """The verdict of two ranges `[low, high]` where lower is better: decided where they do not overlap, and each is of
+    `ENOUGH` repeats: those of fewer lie apart by chance in more than 5 % of cases (of three in 10 %)."""
+    if repeats < ENOUGH:
+        return "open"
     if ours[1] < theirs[0]:
         return "good"
     return "bad" if ours[0] > theirs[1] else "open"

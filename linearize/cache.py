@@ -42,6 +42,8 @@ class NearFarLayer(CacheLayerMixin):
                 f"cache: it holds {self.memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
                 "reorder or repeat the cache first, or start a new one"
             )
+        if self.memory.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.memory = self.memory.map(torch.clone)  # what inference mode has made could not be written to
         held = self.memory.near_k.shape[2] // 2, self.memory.sinks, self.memory.state is not None
         if held != (options["window"], options["sinks"], mixer is not None):
             raise LinearizeError(

@@ -59,16 +59,17 @@ def plan(
 
     if dtype not in DTYPE_BYTES:
         raise LinearizeError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPE_BYTES)}")
+    named = None if gpu == HERE else named_roof(gpu)
     config = planned_conversion(model, config)
     model_config = load_config(model)
     inspect_config(model_config, config, contexts, dtype, name=model)  # refuses before this machine is measured
     measurement = None
-    if gpu == HERE:
+    if named is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measurement = bandwidth(device, dtypes=[dtype])
         roof = measured_roof(device, found=measurement)
     else:
-        roof = named_roof(gpu)
+        roof = named
     found = plan_decode(model_config, config, contexts, batches, roof, dtype, limit, model, measurement)
     print_json(found) if json else _print(found)
 

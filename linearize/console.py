@@ -131,7 +131,7 @@ def parse_bytes(text: str, option: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in BYTE_UNITS:
-        raise LinearizeError(f"{option}: {text!r} is not a number of bytes; write for example 50MB or 48MiB")
+        raise LinearizeError(f"{option}: {text!r} is not a number of bytes; write for example 50MB, 48MiB or 8GB")
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 

@@ -10,6 +10,7 @@ one row 25 and 46, four rows 13 and 17; from eight rows on nothing is won at the
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class FewRows:
         size = x.shape[-1]
         if (
             self.slices > 1
+            and size == weight.shape[-1]
             and (self.switch is None or self.switch.few_rows)
             and 0 < x.numel() <= MOST_ROWS * size
             and type(weight) is nn.Parameter  # no quantized or sharded one, which has no views
@@ -66,13 +68,26 @@ def install(model: nn.Module, switch: Any = None) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
             module.__dict__["forward"] = FewRows(module, switch)
+            module.__dict__["_replicate_for_data_parallel"] = partial(_replica, module)
 
 
 def remove(model: nn.Module) -> None:
-    """Take off what `install` gave."""
+    """Take off what `install` gave, also from under a hook of accelerate, which keeps the forward that it found."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FewRows):
+        kept = module.__dict__
+        kept.pop("_replicate_for_data_parallel", None)
+        if isinstance(kept.get("forward"), FewRows):
             del module.forward
+        elif isinstance(kept.get("_old_forward"), FewRows):
+            kept["_old_forward"] = partial(type(module).forward, module)
+
+
+def _replica(linear: nn.Linear) -> nn.Linear:
+    """What `nn.DataParallel` makes for another device: plain, as an attribute would go on to read the first weight."""
+    replica = nn.Linear._replicate_for_data_parallel(linear)
+    for name in ("forward", "_replicate_for_data_parallel"):
+        replica.__dict__.pop(name, None)
+    return replica
 
 
 def help_with(device: torch.device, dtype: torch.dtype) -> bool:

@@ -171,9 +171,10 @@ def test_one_sequence_has_no_interval():
     assert summary["comparisons"][0]["ci95"] is None
 
 
-def test_intervals_cover_as_often_as_they_say():
-    # A plain percentile interval of 8 values covers about 0.88 of the time.
-    samples = torch.randn(600, 8)
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 8])
+def test_intervals_cover_as_often_as_they_say(n):
+    """A plain percentile interval of 8 values covers about 0.88 of the time, of 2 values 0.5."""
+    samples = torch.randn(600, n, generator=torch.Generator().manual_seed(n))
     ends = [mean_interval(sample, seed) for seed, sample in enumerate(samples)]
     covered = sum(low <= 0 <= high for low, high in ends) / len(ends)
     assert 0.92 < covered < 0.98

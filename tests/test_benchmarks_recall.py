@@ -46,8 +46,7 @@ def test_every_prompt_has_its_length_and_answers():
     }
     for prompt in prompts:
         assert prompt.tokens[0] == tokenizer.bos_token_id
-        # The tokens of a copy are as many on either side.
-        assert len(prompt.tokens) == prompt.length - (prompt.probe == "copy")
+        assert len(prompt.tokens) == prompt.length
         assert len(set(prompt.candidates)) == len(prompt.candidates)
         assert {prompt.tokens[place] for place in prompt.places} <= set(prompt.candidates)
     assert len({p.tokens for p in prompts}) == len(prompts)
@@ -76,8 +75,9 @@ def test_an_association_is_said_once_and_asked_for_once():
 def test_a_copy_is_one():
     prompts = build_recall(tiny_tokenizer(), make_tokens(1, 500)[0], (101,))
     (copy, *_) = [p for p in prompts if p.probe == "copy"]
-    assert copy.tokens[:50] == copy.tokens[50:]
-    assert copy.places == tuple(range(51, 100))
+    assert copy.tokens[1:51] == copy.tokens[51:]
+    assert copy.tokens[0] not in copy.tokens[1:]
+    assert copy.places == tuple(range(52, 101))
     assert copy.distance == 50
 
 

@@ -22,9 +22,10 @@ def test_intervals(ci95, neutral, better, verdict):
 
 
 def test_ranges_of_times():
-    assert of_ranges((1, 2), (3, 4)) == "good"
-    assert of_ranges((3, 4), (1, 2)) == "bad"
-    assert of_ranges((1, 3), (3, 4)) == "open"
+    assert of_ranges((1, 2), (3, 4), 4) == "good"
+    assert of_ranges((3, 4), (1, 2), 4) == "bad"
+    assert of_ranges((1, 3), (3, 4), 4) == "open"
+    assert of_ranges((1, 2), (3, 4), 3) == "open"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Tests marked interpret run on a GPU where there is one, else in Triton's interpr
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -160,6 +161,17 @@ class TestOneToken:
             assert all(x in (0, -torch.inf) for x in row.tolist())
             alike = one_token._hidden_alike(position, window, sinks, torch.float64, torch.device("cpu"))
             assert torch.equal(alike[0, 0, 0], row)
+
+    def test_tensors_without_numbers_do_not_stay(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        one_token._hidden_alike.cache_clear()
+        for mode in (FakeTensorMode(), nullcontext()):
+            with mode, torch.no_grad():
+                x = torch.ones(1, 1, 1, 4)
+                memory = Memory.empty(x, x, None, window=2, sinks=1)
+                out, _ = near_far_step(x, x, x, memory, window=2, sinks=1)
+        assert_near(out, x)
 
     @pytest.mark.parametrize("rows", [1, 3])
     @pytest.mark.parametrize("scale", [0.3, 30.0])

@@ -158,6 +158,18 @@ class TestPieces:
             torch.testing.assert_close(in_pieces(student, [11, 1], tokens)[0], one_pass(student, tokens), **LOGITS)
 
 
+@pytest.mark.parametrize("far", ["none", "normalizer"])
+def test_what_inference_mode_has_read_can_be_gone_on_with(far):
+    student, tokens = make_student("llama", far), make_tokens(2, 40)
+    expected = one_pass(student, tokens)
+    with torch.inference_mode():
+        cache = student(tokens[:, :30], use_cache=True).past_key_values
+    for step in range(30, 40):
+        with torch.no_grad():
+            out = student(tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(out.logits[:, 0], expected[:, step], **LOGITS)
+
+
 class TestBytes:
     @pytest.mark.parametrize(("far", "kept"), [("none", "none"), ("normalizer", "none"), ("gate", [1])])
     def test_constant_in_the_context(self, far, kept):

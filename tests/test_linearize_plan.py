@@ -146,7 +146,7 @@ class TestCommand:
         [
             (["--gpu", "v100"], "gpu: 'v100' is unknown; use here for this machine, or one of h100"),
             (["--dtype", "int8"], "dtype: 'int8' is not known; use one of float32, bfloat16, float16"),
-            (["--memory", "lots"], "memory: 'lots' is not a number of bytes; write for example 50MB or 48MiB"),
+            (["--memory", "lots"], "memory: 'lots' is not a number of bytes; write for example 50MB, 48MiB or 8GB"),
             (["--batch", "0"], "batch: '0' is not a number >= 1; write for example 1,16"),
             (["--context", "x"], "context: 'x' is not a number of tokens"),
             (["--softmax-layers", "0,1,2"], "softmax_layers: (0, 1, 2) leaves none of the 3 layers to convert"),

@@ -10,7 +10,7 @@ from torch import nn
 from linearize import convert, revert
 from linearize.config import LinearizeConfig
 from linearize.convert import switch_of
-from linearize.projections import MOST_ROWS, FewRows, install
+from linearize.projections import MOST_ROWS, FewRows, install, remove
 from tests.tiny_models import make_model, make_student
 from tests.tolerance import assert_near
 
@@ -135,3 +135,42 @@ def test_lora_goes_over_them(products):
         changed = wrapped(tokens).logits
         assert (changed - before).abs().max() > 1e-3
         assert_near(wrapped.merge_and_unload()(tokens).logits, changed)
+
+
+def test_a_wrong_width_is_pytorchs_error():
+    model = nn.Sequential(nn.Linear(64, 32))
+    install(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(1, 32))
+
+
+def test_a_replica_for_another_device_has_its_own_weight(products):
+    """As `nn.DataParallel` makes them: a copy of the attributes, whose weights are then replaced."""
+    model = make_linear()
+    replica = model[0]._replicate_for_data_parallel()
+    replica.weight, replica.bias = torch.zeros(40, 24), None
+    with torch.no_grad():
+        assert not replica(torch.randn(1, 24)).any()
+    assert products == []
+
+
+@pytest.mark.parametrize("first", ["hook", "install"])
+def test_under_a_hook_of_accelerate(products, first):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(1, 24)
+    expected = model(x).detach()
+    if first == "hook":
+        add_hook_to_module(model[0], ModelHook())
+    install(model)
+    if first == "install":
+        add_hook_to_module(model[0], ModelHook())
+    with torch.no_grad():
+        assert_near(model(x), expected)
+        assert len(products) == (first == "install")
+        remove(model)
+        products.clear()
+        assert_near(model(x), expected)
+        remove_hook_from_module(model[0])
+        assert_near(model(x), expected)
+    assert products == []

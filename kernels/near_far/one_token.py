@@ -51,8 +51,10 @@ def one_token(
     if isinstance(position, Tensor):
         hidden, far = _hidden(position[:, None], window, sinks, dtype)[:, None, None], True
     else:
-        # torch.compile would trace through the cache of answers all the same, and warn of it.
-        alike = _hidden_alike.__wrapped__ if torch.compiler.is_compiling() else _hidden_alike
+        # torch.compile would trace through the cache of answers all the same, and warn of it; tensors without numbers
+        # (FakeTensorMode) must not stay in it.
+        plain = type(memory.keys) is Tensor and not torch.compiler.is_compiling()
+        alike = _hidden_alike if plain else _hidden_alike.__wrapped__
         hidden, far = alike(position, window, sinks, dtype, q.device), position >= 2 * window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = q.reshape(batch, kv_heads, heads // kv_heads, -1)  # (B, K, G, D): a group is rows of one matrix
