@@ -151,6 +151,15 @@ class ConvertedAttention(nn.Module):
         self.original.training = mode
         return super().train(mode)
 
+    @property
+    def _offloaded(self) -> bool:
+        """Whether what conversion added is on PyTorch's meta device. accelerate loads an offloaded module when its
+        `forward` is called, and a mixer has none."""
+        if self.mix is not None:  # one stands for all: they lie in one module
+            return self.mix.bias.is_meta
+        added = None if self.mixer is None else next(self.mixer.parameters(), None)
+        return added is not None and added.is_meta
+
     def reset_parameters(self) -> None:
         """The untrained start: the mixer's own, and the config's mix."""
         for module in (self.mixer, self.mix):
@@ -188,6 +197,12 @@ class ConvertedAttention(nn.Module):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 **kwargs,
+            )
+        if self._offloaded and not hidden_states.is_meta:
+            raise LinearizeError(
+                f"layer {self.layer_idx}: its mixer or mix is offloaded (no memory holds it), and is not loaded when the "
+                "layer runs; keep converted layers on a device, or offload with "
+                "preload_module_classes=['ConvertedAttention']"
             )
         q, k, v = self._project(hidden_states)
         plain = q, k

@@ -667,6 +667,26 @@ BAD_MODELS = [
 ]
 
 
+@pytest.mark.parametrize("mix_input", ["query", "fixed"])
+def test_offloaded_weights(mix_input):
+    """By accelerate: what conversion added is loaded with its layer, or missed with a clear error."""
+    from accelerate import cpu_offload
+
+    tokens, cpu = make_tokens(1, 30), torch.device("cpu")
+    for given in ({}, {"preload_module_classes": ["ConvertedAttention"]}):
+        student = make_student("llama", "normalizer", mix_input=mix_input)
+        with torch.no_grad():
+            expected = student(tokens).logits
+            cpu_offload(student, execution_device=cpu, **given)
+            if given:
+                assert torch.equal(student(tokens).logits, expected)
+                continue
+            with pytest.raises(
+                LinearizeError, match=r"layer 0: its mixer or mix is offloaded .* preload_module_classes"
+            ):
+                student(tokens)
+
+
 class TestBadInputs:
     @pytest.mark.parametrize(("make", "settings", "message"), BAD_MODELS, ids=[x[2][:45] for x in BAD_MODELS])
     def test_model_or_config_that_does_not_fit(self, make, settings, message):
