@@ -200,9 +200,8 @@ class ConvertedAttention(nn.Module):
             )
         if self._offloaded and not hidden_states.is_meta:
             raise LinearizeError(
-                f"layer {self.layer_idx}: its mixer or mix is offloaded (no memory holds it), and is not loaded when the "
-                "layer runs; keep converted layers on a device, or offload with "
-                "preload_module_classes=['ConvertedAttention']"
+                f"layer {self.layer_idx}: its mixer or mix is offloaded, and is not loaded when the layer runs; keep "
+                "converted layers on a device, or offload with preload_module_classes=['ConvertedAttention']"
             )
         q, k, v = self._project(hidden_states)
         plain = q, k
