@@ -107,6 +107,7 @@ __all__ = [
     "OutOfMemory",
     "Run",
     "bench_decode",
+    "check_bench",
     "measure",
     "measure_prefill",
     "memory_errors",
@@ -172,8 +173,20 @@ def bench_decode(
     Raises:
         LinearizeError: no row `"original"`, a number out of range, or modes that a row has none of.
     """
-    numbers = {"decode_tokens": decode_tokens, "repeats": repeats} | ({} if fill is None else {"fill": fill})
-    _check(rows, contexts, batches, prefill, tokens, max_minutes, numbers)
+    if BASELINE not in rows:
+        raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
+    if tokens.dim() != 1 or len(tokens) == 0:
+        raise LinearizeError(f"tokens: shape {tuple(tokens.shape)} is not one text; pass a tensor of one dimension")
+    check_bench(
+        contexts,
+        batches=batches,
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+        modes=modes,
+        fill=fill,
+        prefill=prefill,
+        max_minutes=max_minutes,
+    )
     probes = {}
     for row, enter in rows.items():
         with enter() as model:
@@ -251,17 +264,18 @@ def _bound(cell: dict[str, Any], costs: ModelCosts | None, rates: dict[str, Any]
     return {"bound_ms": bound_ms, "share_of_bound": bound_ms / cell["ms_per_token"]["p50"]}
 
 
-def _check(
-    rows: Rows,
+def check_bench(
     contexts: Sequence[int],
+    *,
     batches: Sequence[int],
+    decode_tokens: int,
+    repeats: int,
+    modes: Sequence[str] | None,
+    fill: int | None,
     prefill: Sequence[int],
-    tokens: Tensor,
     max_minutes: float | None,
-    numbers: dict[str, int],
 ) -> None:
-    if BASELINE not in rows:
-        raise LinearizeError(f"rows: {sorted(rows)} have no {BASELINE!r}; everything is compared with that row")
+    """Raise the LinearizeError that `bench_decode` would raise of its numbers, without a model."""
     if not contexts:
         raise LinearizeError("contexts: the list is empty; name at least one context in tokens, such as 1024")
     if not batches:
@@ -270,24 +284,23 @@ def _check(
         if context <= WARMUP:
             raise LinearizeError(f"contexts: {context} is too short to warm up; use {WARMUP + 1} or more")
     listed = [("batch", batch) for batch in batches] + [("prefill", length) for length in prefill]
-    for name, value in (*listed, *numbers.items()):
-        if value < 1:
+    single = [("decode_tokens", decode_tokens), ("repeats", repeats), ("fill", fill)]
+    for name, value in (*listed, *single):
+        if value is not None and value < 1:
             raise LinearizeError(f"{name}: {value} measures nothing; use 1 or more")
     if max_minutes is not None and max_minutes <= 0:
         raise LinearizeError(
             f"max_minutes: {max_minutes} leaves no time; use more than 0, or leave it out for no limit"
         )
-    if tokens.dim() != 1 or len(tokens) == 0:
-        raise LinearizeError(f"tokens: shape {tuple(tokens.shape)} is not one text; pass a tensor of one dimension")
+    for mode in modes or ():
+        if mode not in MODES:
+            raise LinearizeError(f"modes: there is no {mode!r}; choose from {', '.join(MODES)}")
 
 
 def _choose_modes(
     probes: dict[str, Probe], asked: Sequence[str] | None
 ) -> tuple[dict[str, list[Mode]], list[dict[str, str]]]:
     """The modes of each row, and those that it has and is not measured in."""
-    for name in asked or ():
-        if name not in MODES:
-            raise LinearizeError(f"modes: there is no {name!r}; choose from {', '.join(MODES)}")
     chosen: dict[str, list[Mode]] = {}
     skipped = []
     for row, found in probes.items():

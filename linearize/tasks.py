@@ -164,9 +164,10 @@ def bench_model(
         dtype, device, seed: as everywhere.
         control: time the original twice, as two rows.
     """
-    from linearize.benchmarks.decode import bench_decode
+    from linearize.benchmarks.decode import bench_decode, check_bench
     from linearize.benchmarks.files import write_json
 
+    check_bench(**options)  # before minutes of loading
     tokenizer = load_tokenizer(name, base)
     tokens = held_out_tokens(EvaluateOptions(), *_data(name, seed), tokenizer=tokenizer)
     model, _ = load_model(name, announce_dtype(dtype, device), device, base=base)

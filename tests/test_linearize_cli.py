@@ -351,6 +351,19 @@ class TestBench:
             assert json.loads(out.read_text())["rows"] == ["original", row]
             assert "window W = 64 (64 to 127 recent tokens) and sinks S = 4." in result.stderr
 
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--modes", "dynamic,none"], "modes: there is no 'none'; choose from dynamic, static"),
+            (["--repeats", "0"], "repeats: 0 measures nothing; use 1 or more"),
+            (["--contexts", "4"], "contexts: 4 is too short to warm up; use 5 or more"),
+        ],
+    )
+    def test_mistakes_are_told_before_anything_is_loaded(self, words: list[str], message: str, tmp_path: Path):
+        result = call("bench", "decode", "no-such-model", *words, "--out", tmp_path / "b.json")
+        assert result.exit_code == 2
+        assert f"error: {message}" in result.stderr
+
     def test_decode(self, adapter: Path, tmp_path: Path):
         out = tmp_path / "b.json"
         words = (
