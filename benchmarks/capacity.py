@@ -16,8 +16,9 @@ Where the numbers are from
     measured    by `decode.measure` at that very batch and length, each row in the best of its modes that need no
                 compiler; of a long context a part is read and the rest filled in, see `linearize.benchmarks.filling`
     predicted   this machine cannot hold or reach that batch in time (`max_minutes`), so half of it is measured, or a
-                quarter, ...: what that step takes beyond its bound is added to the bound of the whole batch. A prompt
-                too long to read is predicted from a shorter one, in proportion to their bounds
+                quarter, ..., and half of that: what each sequence between the two adds, every further one adds, and
+                no less than its bound. Of a single sequence: what it takes beyond its bound is added to the bound of
+                the batch. A prompt too long to read is predicted from a shorter one, in proportion to their bounds
     bound       not even one sequence could be measured: no faster than that
 
 `bench_capacity` returns what `write_json` stores as capacity.json.
@@ -249,8 +250,15 @@ class _Row:
             return Found(1e3 * bound(batch), "bound", 1e3 * bound(batch), reason=tried.reason)
         if tried.size == batch:
             return Found(1e3 * tried.seconds, "measured", 1e3 * bound(batch), batch, None, tried.mode)
-        roof = calibrate(self.roof, [(bound(tried.size), tried.seconds)])
-        seconds = step_seconds(self.costs, context, batch, roof)
+        if tried.size == 1:
+            roof = calibrate(self.roof, [(bound(1), tried.seconds)])
+            seconds = step_seconds(self.costs, context, batch, roof)
+        else:
+            half = tried.size // 2
+            grown = (tried.seconds - run(half)[0]) / (tried.size - half)
+            # A sequence more costs what its bytes do, whatever the noise of two measurements says.
+            least = (bound(batch) - bound(tried.size)) / (batch - tried.size)
+            seconds = tried.seconds + (batch - tried.size) * max(grown, least)
         return Found(1e3 * seconds, "predicted", 1e3 * bound(batch), tried.size, tried.reason, tried.mode)
 
     def _obstacle(self, batch: int, tokens: int, seconds: float, needed: int) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,23 @@ def test_what_takes_too_long_is_predicted_from_less(rows, made_up):
     # Beyond its bound half of the batch takes 5 ms, and so does all of it.
     assert step["ms"] == pytest.approx(1e3 * step_seconds(original, middle, batch, ROOF) + 5)
     assert found["tokens_per_s"] == pytest.approx(1e3 * batch / step["ms"])
+
+
+def test_what_each_sequence_costs_beyond_its_bound_is_predicted_too(rows, made_up, monkeypatch):
+    plain, original = capacity.measure, costs_of("original")
+    batch = original.largest_batch(500, MEMORY)
+    assert batch // 2 >= 2
+
+    def measure(model, run):
+        if run.prompt.shape[0] > batch // 2:
+            raise torch.OutOfMemoryError("out of memory")
+        sample = plain(model, run)
+        return replace(sample, step_ms=tuple(ms + 3 * run.prompt.shape[0] for ms in sample.step_ms))
+
+    monkeypatch.setattr(capacity, "measure", measure)
+    step = bench_capacity(rows, MEMORY, [500], 40, max_minutes=1e9)["cells"][0]["step"]
+    assert (step["how"], step["at"]) == ("predicted", batch // 2)
+    assert step["ms"] == pytest.approx(1e3 * step_seconds(original, 480, batch, ROOF) + 5 + 3 * batch)
 
 
 def test_a_long_prompt_is_predicted_from_a_shorter_one(rows, made_up):
