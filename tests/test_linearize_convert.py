@@ -682,7 +682,7 @@ def test_offloaded_weights(mix_input):
                 assert torch.equal(student(tokens).logits, expected)
                 continue
             with pytest.raises(
-                LinearizeError, match=r"layer 0: its mixer or mix is offloaded .* preload_module_classes"
+                LinearizeError, match=r"layer 0: its mixer or mix is offloaded, .* preload_module_classes"
             ):
                 student(tokens)
 
