@@ -45,6 +45,7 @@ class FewRows:
             and (self.switch is None or self.switch.few_rows)
             and 0 < x.numel() <= MOST_ROWS * size
             and type(weight) is nn.Parameter  # no quantized or sharded one, which has no views
+            and weight.is_contiguous()
             and x.dtype is torch.float32 is weight.dtype
             and x.device.type == "cpu" == weight.device.type
             and not torch.is_grad_enabled()
