@@ -46,14 +46,12 @@ class Switch:
             Of a converted layer it sees q and k as the near side has them, and what it returns is not used.
         windows: for some layers, another window than the config's; 0 reads nothing but the state where there is one.
             For training without a cache, whose layout depends on the config's window.
-        few_rows: False leaves the projections of few rows on a CPU to PyTorch; see `linearize.projections`.
     """
 
     converted: bool = True
     far_share: float | None = None
     observer: Callable[[Observation], Tensor | None] | None = None
     windows: dict[int, int] = field(default_factory=dict)
-    few_rows: bool = True
 
 
 class Mix(nn.Module):

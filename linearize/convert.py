@@ -139,7 +139,7 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     for index in indices:
         original = getattr(layers[index], family.attention)
         setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
-    install(model, switch)
+    install(model)
     decoder = model.get_submodule(family.decoder)
     hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
     cast(Any, model)._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,8 @@ class FewRows:
     `torch.nn.functional.linear`, as before.
     """
 
-    def __init__(self, linear: nn.Linear, switch: Any = None):
+    def __init__(self, linear: nn.Linear):
         self.linear = linear
-        self.switch = switch
         self.slices = math.gcd(linear.out_features, SLICES)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -42,7 +40,6 @@ class FewRows:
         if (
             self.slices > 1
             and size == weight.shape[-1]
-            and (self.switch is None or self.switch.few_rows)
             and 0 < x.numel() <= MOST_ROWS * size
             and type(weight) is nn.Parameter  # no quantized or sharded one, which has no views
             and weight.is_contiguous()
@@ -61,14 +58,13 @@ class FewRows:
         return nn.functional.linear(x, weight, bias)
 
 
-def install(model: nn.Module, switch: Any = None) -> None:
-    """Give all plain linear layers of a model this forward pass, where PyTorch has MKL; `switch.few_rows` turns it
-    off."""
+def install(model: nn.Module) -> None:
+    """Give all plain linear layers of a model this forward pass, where PyTorch has MKL; `remove` takes it off."""
     if not torch.backends.mkl.is_available():
         return
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
-            module.__dict__["forward"] = FewRows(module, switch)
+            module.__dict__["forward"] = FewRows(module)
             module.__dict__["_replicate_for_data_parallel"] = partial(_replica, module)
 
 

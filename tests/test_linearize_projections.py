@@ -9,7 +9,6 @@ from torch import nn
 
 from linearize import convert, revert
 from linearize.config import LinearizeConfig
-from linearize.convert import switch_of
 from linearize.projections import MOST_ROWS, FewRows, install, remove
 from tests.tiny_models import make_model, make_student
 from tests.tolerance import assert_near
@@ -24,14 +23,10 @@ class Quantized(nn.Parameter):
         raise NotImplementedError
 
 
-class Switched:
-    few_rows = True
-
-
 def make_linear(size: int = 24, outputs: int = 40, bias: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(size, outputs, bias=bias))
-    install(model, Switched())
+    install(model)
     return model
 
 
@@ -87,7 +82,7 @@ def test_everything_else_is_left_to_pytorch(products):
             other[0].weight = changed(other[0].weight.detach())
             assert_near(other(one), model(one))
         products.clear()
-        model[0].forward.switch.few_rows = False
+        remove(model)
         model(one)
     assert products == []
 
@@ -114,9 +109,10 @@ def test_a_student_has_them_in_every_linear_layer_and_gives_them_back(products, 
         fast = model(tokens).logits
         assert len(products) >= len(linear)
         products.clear()
-        switch_of(model).few_rows = False
+        remove(model)
         assert_near(fast, model(tokens).logits)
         assert products == []
+        install(model)
     revert(model)
     assert not any("forward" in x.__dict__ for x in model.modules())
 
