@@ -174,8 +174,7 @@ def distill_losses(
     inputs = model_inputs(batch)
     rows, length = batch["input_ids"].shape
     segment = segment or length
-    positions = inputs.get("position_ids")
-    if segment < length and positions is not None and "attention_mask" not in inputs:
+    if segment < length and "position_ids" in inputs:
         raise LinearizeError(
             f"segment: {segment} in rows of {length} tokens that hold several documents; give one document a row "
             "(packing: document), or set segment to null"
@@ -191,7 +190,6 @@ def distill_losses(
             said = model(
                 input_ids=batch["input_ids"][:, part],
                 attention_mask=None if mask is None else mask[:, : part.stop],
-                position_ids=None if positions is None else positions[:, part],
                 past_key_values=past,
                 use_cache=True,
             )
