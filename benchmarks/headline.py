@@ -11,7 +11,16 @@ from typing import Any
 
 from linearize.benchmarks.evaluate import BASELINE, STUDENT
 from linearize.benchmarks.report_format import counted, span
-from linearize.benchmarks.summary import CONTROL, difference, number, percent, size
+from linearize.benchmarks.summary import (
+    CONTROL,
+    cell_of,
+    difference,
+    longest_compared,
+    number,
+    percent,
+    size,
+    smallest_caches,
+)
 from linearize.benchmarks.verdicts import of_counts, of_interval, of_ranges
 
 __all__ = ["Claim", "headline", "one_line", "prefills", "texts_of"]
@@ -97,7 +106,7 @@ def _decoding(speed: dict[str, Any]) -> list[Claim]:
     found: list[Claim] = []
     for pair, rank in chosen:
         place, ratio = _place(pair, speed), pair["speedup"]
-        (cell,) = [cell for cell in speed["cells"] if cell["row"] == STUDENT and _key(cell) == _key(pair)]
+        cell = cell_of(speed, STUDENT, pair["context"], pair["batch"], pair["mode"])
         once = cell["repeats"] == 1
         spread = f"{span(ratio['ci95'] or (ratio['min'], ratio['max']), _decimals)} in {cell['repeats']} repeats"
         tone = {"faster": "good", "slower": "bad"}.get(pair["verdict"], "unclear" if once else "open")
@@ -120,10 +129,6 @@ def _decoding(speed: dict[str, Any]) -> list[Claim]:
     # The worst shares the clause of the best: neither is quoted without the other.
     joined = ", ".join(claim.brief for claim in found)
     return [replace(first, brief=joined), *(replace(claim, brief="") for claim in others)]
-
-
-def _key(record: dict[str, Any]) -> tuple[int, int, str]:
-    return record["context"], record["batch"], record["mode"]
 
 
 def _on(speed: dict[str, Any]) -> str:
@@ -177,15 +182,9 @@ def _prefill(speed: dict[str, Any]) -> list[Claim]:
 
 
 def _memory(speed: dict[str, Any]) -> Claim:
-    """Cache bytes at the longest context, at its smallest batch, each in the mode that holds least: without the spare
-    room of a preallocated cache."""
-    context = max(pair["context"] for pair in speed["comparisons"])
-    batch = min(pair["batch"] for pair in speed["comparisons"] if pair["context"] == context)
-    held: dict[str, int] = {}
-    for cell in speed["cells"]:
-        if (cell["context"], cell["batch"]) == (context, batch):
-            total = cell["cache_bytes"]["total"]
-            held[cell["row"]] = min(held.get(cell["row"], total), total)
+    """Cache bytes at the longest context, at its smallest batch."""
+    context, batch = longest_compared(speed)
+    held = smallest_caches(speed)[context, batch]
     ours, theirs = held[STUDENT], held[BASELINE]
     place = _place({"context": context, "batch": batch}, speed)
     share = f"{100 * ours / theirs:.2g} %" if ours < theirs else percent(ours / theirs)

@@ -12,7 +12,7 @@ from linearize.benchmarks.headline import prefills
 from linearize.benchmarks.page import Cell, Data, Section
 from linearize.benchmarks.plots import Line, Point
 from linearize.benchmarks.report_format import DASH, ends, span
-from linearize.benchmarks.summary import number, percent, size
+from linearize.benchmarks.summary import number, percent, size, smallest_caches
 from linearize.benchmarks.verdicts import of_ranges, tone
 
 __all__ = ["speed_section"]
@@ -91,10 +91,11 @@ def _figures(result: dict[str, Any], batch: int) -> str:
     read = [found for found in prefills(result) if found["batch"] == batch]
     times = _lines(result, cells, lambda cell: cell["ms_per_token"])
     seconds = _lines(result, read, lambda found: {key: value / 1e3 for key, value in found["ms"].items()})
+    held = _held(result, batch)
     plans = [
         ("decode", f"Time per token while decoding{at}", "ms per token", times, "bars span the repeats’ medians"),
         ("prefill", f"Time of the prefill{at}", "seconds", seconds, "bars span the repeats"),
-        ("cache", f"Bytes held between two tokens{at}", "cache, MiB", _held(cells), "in the mode that holds least"),
+        ("cache", f"Bytes held between two tokens{at}", "cache, MiB", held, "in the mode that holds least"),
     ]
     figures = []
     for name, title, unit, lines, remark in plans:
@@ -137,12 +138,13 @@ def _lines(
     return lines
 
 
-def _held(cells: list[dict[str, Any]]) -> list[Line]:
+def _held(result: dict[str, Any], batch: int) -> list[Line]:
     """The smallest cache of each row by context; rows that hold nothing are left out."""
     held: dict[str, dict[int, int]] = {}
-    for cell in cells:
-        known, total = held.setdefault(cell["row"], {}), cell["cache_bytes"]["total"]
-        known[cell["context"]] = min(known.get(cell["context"], total), total)
+    for (context, size_of_batch), rows in smallest_caches(result).items():
+        if size_of_batch == batch:
+            for row, total in rows.items():
+                held.setdefault(row, {})[context] = total
     return [
         Line(row, sorted(known), [known[context] / 2**20 for context in sorted(known)])
         for row, known in held.items()
@@ -237,14 +239,10 @@ def _prefill_table(result: dict[str, Any]) -> str:
 
 def _bytes_table(result: dict[str, Any]) -> str:
     parts = ("total", "softmax", "window", "state")
-    theirs: dict[tuple[int, int], int] = {}
-    for cell in result["cells"]:
-        if cell["row"] == BASELINE:
-            place, total = (cell["context"], cell["batch"]), cell["cache_bytes"]["total"]
-            theirs[place] = min(theirs.get(place, total), total)
+    smallest = smallest_caches(result)
     body, rows = [], []
     for cell in result["cells"]:
-        held, other = cell["cache_bytes"], theirs[cell["context"], cell["batch"]]
+        held, other = cell["cache_bytes"], smallest[cell["context"], cell["batch"]][BASELINE]
         verdict = ""
         if cell["row"] != BASELINE:
             verdict = "good" if held["total"] < other else "bad" if held["total"] > other else ""

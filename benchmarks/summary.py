@@ -1,7 +1,8 @@
 """The report's summary: plain sentences, every one of them computed from the numbers.
 
-A difference is called one only where its 95 % interval leaves out zero (quality), or where all repeats agree (speed);
-otherwise the sentence says that nothing was measured, whichever way the mean points.
+A difference is called one only where its 95 % interval leaves out zero (quality) or one (speed), or where the ranges of
+enough repeats do not overlap (prefill); otherwise the sentence says that nothing was measured, whichever way the mean
+points.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ __all__ = [
     "WINDOW_OFF",
     "WINDOW_SINKS",
     "Sentence",
+    "cell_of",
     "difference",
+    "longest_compared",
     "number",
     "percent",
     "quality_sentences",
     "size",
+    "smallest_caches",
     "speed_sentences",
 ]
 
@@ -379,15 +383,26 @@ def _prefill(result: dict[str, Any]) -> list[Sentence]:
     return [first, Sentence("note", text)]
 
 
-def _memory(result: dict[str, Any]) -> Sentence:
-    """Cache bytes at the longest context, at its smallest batch; the original's smallest, which holds no spare room."""
-    context = max(pair["context"] for pair in result["comparisons"])
-    batch = min(pair["batch"] for pair in result["comparisons"] if pair["context"] == context)
-    held: dict[str, int] = {}
+def smallest_caches(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, int]]:
+    """(context, batch) -> row -> bytes of its cache in the mode that holds least: without the spare room of a
+    preallocated cache."""
+    held: dict[tuple[int, int], dict[str, int]] = {}
     for cell in result["cells"]:
-        if (cell["context"], cell["batch"]) == (context, batch):
-            total = cell["cache_bytes"]["total"]
-            held[cell["row"]] = min(held.get(cell["row"], total), total)
+        rows, total = held.setdefault((cell["context"], cell["batch"]), {}), cell["cache_bytes"]["total"]
+        rows[cell["row"]] = min(rows.get(cell["row"], total), total)
+    return held
+
+
+def longest_compared(result: dict[str, Any]) -> tuple[int, int]:
+    """The longest context at which rows were compared, and its smallest batch."""
+    context = max(pair["context"] for pair in result["comparisons"])
+    return context, min(pair["batch"] for pair in result["comparisons"] if pair["context"] == context)
+
+
+def _memory(result: dict[str, Any]) -> Sentence:
+    """Cache bytes at the longest context, at its smallest batch."""
+    context, batch = longest_compared(result)
+    held = smallest_caches(result)[context, batch]
     ours, theirs = held[STUDENT], held[BASELINE]
     text = f"Cache at {context} tokens{_at_batch(result, batch)}: {size(ours)}, the original {size(theirs)}"
     if ours < theirs:
