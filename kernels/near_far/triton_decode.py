@@ -150,9 +150,9 @@ def triton_step(
         )
     s, z = (None, None) if mixer is None or memory.state is None else memory.state
     ring = {"near_k": memory.near_k, "near_v": memory.near_v, "sink_k": memory.sink_k, "sink_v": memory.sink_v}
-    held: dict[str, Tensor | None] = {**ring, "lengths": memory.lengths, "state_s": s, "state_z": z}
-    whole = {"keys": memory.keys, "values": memory.values, "lengths": memory.lengths, "state_s": s, "state_z": z}
-    for name, x in whole.items():
+    rest: dict[str, Tensor | None] = {"lengths": memory.lengths, "state_s": s, "state_z": z}
+    held = {**ring, **rest}
+    for name, x in {"keys": memory.keys, "values": memory.values, **rest}.items():
         if x is not None and not x.is_contiguous():
             raise LinearizeError(f"near_far_step: the memory's {name} are not contiguous; copy it with .contiguous()")
     q, k, v = (last_contiguous(x) for x in (q, k, v))
