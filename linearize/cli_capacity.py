@@ -85,5 +85,5 @@ def _print(found: dict[str, Any]) -> None:
     print_table(f"capacity in {human_bytes(found['memory_bytes'])}, {where}", columns, rows)
     for reason in reasons:
         print(reason)
-    print("Memory counts weights and caches only. Predicted: what a smaller batch or a shorter prompt took beyond its")
-    print("bound, added to the bound of the whole. Bound: no faster than that, nothing measured.")
+    print("Memory counts weights and caches only. Predicted: by what sequences cost between two smaller batches, or by")
+    print("how much longer than its bound a shorter prompt took. Bound: no faster than that, nothing measured.")
