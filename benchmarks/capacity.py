@@ -13,7 +13,7 @@ The step is that in the middle of the answer, which is the mean of a cost that g
 W consecutive ones, so that the one that folds a chunk into the state counts as often as in use.
 
 Where the numbers are from
-    measured    by `decode.measure` at that very batch and length, each row in the best of its modes that need no
+    measured    by `measurement.measure` at that very batch and length, each row in the best of its modes that need no
                 compiler; of a long context a part is read and the rest filled in, see `linearize.benchmarks.filling`
     predicted   this machine cannot hold or reach that batch in time (`max_minutes`), so half of it is measured, or a
                 quarter, ..., and half of that: what each sequence between the two adds, every further one adds, and
@@ -46,11 +46,11 @@ from typing import Any
 
 import torch
 
-from linearize.benchmarks.decode import WARMUP, OutOfMemory, Run, measure, measure_prefill, memory_errors
 from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.filling import tokens_to_read
 from linearize.benchmarks.inference import Rows, inference, progress_bar
 from linearize.benchmarks.machine import available_memory, machine_info
+from linearize.benchmarks.measurement import WARMUP, OutOfMemory, Run, measure, measure_prefill, memory_errors
 from linearize.benchmarks.probe import Probe, probe
 from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
 from linearize.benchmarks.step_costs import ModelCosts, prefill_flops

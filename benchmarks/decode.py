@@ -57,7 +57,6 @@ How it is measured
      "machine": {...}}                                         see linearize.benchmarks.machine
 """
 
-import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -68,22 +67,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.benchmarks.evaluate import BASELINE
 from linearize.benchmarks.files import read_json
-from linearize.benchmarks.filling import extend, tokens_to_read
-from linearize.benchmarks.inference import Rows, device_of, inference, progress_bar
-from linearize.benchmarks.machine import available_memory, machine_info, matmul_ms, synchronize
+from linearize.benchmarks.filling import tokens_to_read
+from linearize.benchmarks.inference import Rows, inference, progress_bar
+from linearize.benchmarks.machine import available_memory, machine_info, matmul_ms
+from linearize.benchmarks.measurement import WARMUP, OutOfMemory, Run, measure, measure_prefill, memory_errors
 from linearize.benchmarks.modes import (
     MODES,
     Mode,
-    compilations,
     compile_obstacle,
-    compiled_call,
-    cuda_graphs_skipped,
     first_line,
-    preallocated,
 )
 from linearize.benchmarks.probe import Probe, probe
 from linearize.benchmarks.roofline import bandwidth, measured_roof, step_seconds
@@ -97,27 +93,12 @@ from linearize.benchmarks.speed import (
     spread,
 )
 from linearize.benchmarks.step_costs import ModelCosts
-from linearize.cache import cache_bytes
 from linearize.errors import LinearizeError
-from linearize.projections import fast_projections
 
-__all__ = [
-    "FILL",
-    "KIND",
-    "OutOfMemory",
-    "Run",
-    "bench_decode",
-    "check_bench",
-    "measure",
-    "measure_prefill",
-    "memory_errors",
-    "read_bench",
-]
+__all__ = ["FILL", "KIND", "bench_decode", "check_bench", "read_bench"]
 
 KIND = "linearize.bench"
 SCHEMA = 2
-# A CUDA graph is compiled in the first step, recorded in the second and replayed from the third on.
-WARMUP = 4
 MOVED_LIMIT = 0.10
 # Context times batch up to which a context is read, not filled in.
 FILL = 8192
@@ -354,29 +335,6 @@ class Point:
         return {"what": self.what, "context": self.context, "batch": self.batch}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One measurement.
-
-    Attributes:
-        mode: how to decode.
-        prompt: LongTensor (batch, n), which is read.
-        filled: tokens that follow it in the cache without having been read.
-        capacity: tokens that a preallocated cache holds.
-        decode_tokens: timed steps.
-    """
-
-    mode: Mode
-    prompt: Tensor
-    filled: int
-    capacity: int
-    decode_tokens: int
-
-
-class OutOfMemory(Exception):
-    """A measurement ran out of memory, in one line."""
-
-
 class _Bench:
     """The running measurement: samples by cell, blocks, and how long a block of each point takes."""
 
@@ -565,73 +523,3 @@ class _Bench:
         if not self.seconds or self.deadline is None:
             return False
         return time.perf_counter() + seconds > self.deadline
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an allocation that failed into `OutOfMemory`; on a CPU PyTorch raises a plain RuntimeError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of memory: {first_line(error)}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemory(f"out of memory: {first_line(error)}") from error
-
-
-def measure_prefill(model: nn.Module, prompt: Tensor) -> float:
-    """Milliseconds of reading a prompt, LongTensor (batch, length), into the cache that the model makes itself."""
-    return _prefill(model, prompt.to(device_of(model)), None)[1]
-
-
-def _prefill(model: nn.Module, prompt: Tensor, past: Any) -> tuple[Any, float]:
-    gc.collect()  # here rather than inside a timed step
-    synchronize(prompt.device)
-    start = time.perf_counter()
-    # Logits of the last token only, as in generation: all of them would be gigabytes.
-    output = model(input_ids=prompt, past_key_values=past, use_cache=True, logits_to_keep=1)
-    synchronize(prompt.device)
-    return output, 1e3 * (time.perf_counter() - start)
-
-
-def measure(model: nn.Module, run: Run) -> Sample:
-    """Prefill a prompt, fill in the rest of the context, warm up, then time greedy steps, one token each.
-
-    Args:
-        model: in evaluation mode; without gradients, but not in inference mode, in which nothing compiles as `generate`
-            compiles it.
-        run: what to do.
-    """
-    if run.mode.projections:
-        with fast_projections(model):
-            return measure(model, replace(run, mode=replace(run.mode, projections=False)))
-    device = device_of(model)
-    past = preallocated(model, run.capacity) if run.mode.static else None
-    output, prefill_ms = _prefill(model, run.prompt.to(device), past)
-    past = output.past_key_values
-    if run.filled:
-        extend(past, run.filled)
-    step = compiled_call(model, device) if run.mode.compiled else model
-    times, before, skips = [], 0, -cuda_graphs_skipped() if run.mode.compiled else 0
-    for index in range(WARMUP + run.decode_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        if run.mode.compiled and index == WARMUP:
-            before = compilations()
-        if run.mode.compiled and device.type == "cuda":
-            # The logits of the step before, which a CUDA graph is about to overwrite, are done with.
-            torch.compiler.cudagraph_mark_step_begin()
-        synchronize(device)
-        start = time.perf_counter()
-        output = step(input_ids=token, past_key_values=past, use_cache=True)
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return Sample(
-        prefill_ms=None if run.filled else prefill_ms,
-        step_ms=tuple(times[WARMUP:]),
-        cache_bytes=cache_bytes(past),
-        filled=run.filled,
-        first_ms=times[0],
-        recompiles=compilations() - before if run.mode.compiled else 0,
-        skipped_graphs=skips + cuda_graphs_skipped() if run.mode.compiled else 0,
-    )

@@ -12,6 +12,7 @@ from linearize.benchmarks.choices import summarise_choices
 from linearize.benchmarks.evaluate import BASELINE, KIND, _comparisons
 from linearize.benchmarks.items import Item
 from linearize.benchmarks.machine import machine_info
+from linearize.benchmarks.measurement import Run
 from linearize.benchmarks.modes import MODES
 from linearize.benchmarks.needle import summarise_needles
 from linearize.benchmarks.perplexity import summarise_perplexity
@@ -109,7 +110,7 @@ def fabricate_bench(
 
         return enter
 
-    def measure(model: nn.Module, run: decode.Run) -> Sample:
+    def measure(model: nn.Module, run: Run) -> Sample:
         length = run.prompt.shape[1] + run.filled
         context = min(contexts, key=lambda c: abs(c - length))
         mean = ms["static" if run.mode.static else current[0]][context]

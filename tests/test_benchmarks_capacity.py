@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 from linearize.benchmarks import capacity
 from linearize.benchmarks.capacity import KIND, bench_capacity
-from linearize.benchmarks.decode import WARMUP
 from linearize.benchmarks.files import read_json
+from linearize.benchmarks.measurement import WARMUP
 from linearize.benchmarks.roofline import Roof, model_costs, predict, step_seconds
 from linearize.benchmarks.speed import Sample
 from linearize.benchmarks.step_costs import prefill_flops

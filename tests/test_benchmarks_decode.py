@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from linearize import LinearizeConfig, convert
-from linearize.benchmarks import decode, modes
+from linearize.benchmarks import decode, measurement, modes
 from linearize.benchmarks.modes import MODES, modes_of
 from linearize.benchmarks.probe import CacheLayer, probe
 from linearize.benchmarks.speed import (
@@ -56,7 +56,7 @@ def make_samples(times: dict[tuple[str, str], dict[int, list[float]]], batch: in
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
     """Collecting garbage between measurements takes longer than all else in models this small."""
-    monkeypatch.setattr(decode, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(measurement, "gc", SimpleNamespace(collect=lambda: None))
 
 
 @pytest.fixture
@@ -134,10 +134,10 @@ class TestModes:
         plain = torch.bmm
         monkeypatch.setattr(torch, "bmm", lambda *args: (seen.append(args[1].shape[-1]), plain(*args))[1])
         for mode in ("dynamic", "static"):
-            decode.measure(model, decode.Run(MODES[mode], make_tokens(1, 30), 0, 64, 2))
+            measurement.measure(model, measurement.Run(MODES[mode], make_tokens(1, 30), 0, 64, 2))
         assert seen.count(1) == 0
         if PROJECTIONS:
-            decode.measure(model, decode.Run(MODES["static+projections"], make_tokens(1, 30), 0, 64, 2))
+            measurement.measure(model, measurement.Run(MODES["static+projections"], make_tokens(1, 30), 0, 64, 2))
             assert seen.count(1) > 0
         assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -154,7 +154,7 @@ class TestModes:
         want = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
         with torch.no_grad():
-            sample = decode.measure(model, decode.Run(MODES[mode], prompt, 0, 64, 4))
+            sample = measurement.measure(model, measurement.Run(MODES[mode], prompt, 0, 64, 4))
         assert (len(sample.step_ms), sample.recompiles) == (4, 0)
         assert [ids.shape[1] for ids in read] == [30] + [1] * 8
         assert torch.cat(read, 1).tolist() == want.tolist()
@@ -181,7 +181,7 @@ class TestModes:
         compileable."""
         student = make_student(layers=1)
         with torch.no_grad():
-            sample = decode.measure(student, decode.Run(MODES["compile"], make_tokens(1, 20), 0, 64, 2))
+            sample = measurement.measure(student, measurement.Run(MODES["compile"], make_tokens(1, 20), 0, 64, 2))
         assert sample.recompiles >= 2
         (cell,) = describe_cells({Cell("student", "compile", 20): [sample, sample]}, {"student": 1})
         assert cell["recompiles"] == 2 * sample.recompiles
@@ -211,7 +211,7 @@ class TestModes:
             return call
 
         monkeypatch.setattr(decode, "compile_obstacle", lambda device: None)
-        monkeypatch.setattr(decode, "compiled_call", step)
+        monkeypatch.setattr(measurement, "compiled_call", step)
         result = decode.bench_decode(speed_rows(make_student()), [20, 30], TOKENS, decode_tokens=2, repeats=2)
         assert {cell["mode"] for cell in result["cells"]} == {"dynamic", "static", *PROJECTIONS}
         assert {cell["repeats"] for cell in result["cells"]} == {2}
@@ -265,7 +265,7 @@ class TestProbe:
         found = probe(student)
         with torch.no_grad():
             cache = student(make_tokens(3, 70), use_cache=True).past_key_values
-        assert 3 * sum(layer.bytes(70) for layer in found.layers) == decode.cache_bytes(cache)["total"]
+        assert 3 * sum(layer.bytes(70) for layer in found.layers) == measurement.cache_bytes(cache)["total"]
         assert found.period == 16
         assert probe(make_model("llama")).period == 1
 
@@ -275,7 +275,7 @@ class TestProbe:
             cache = model(make_tokens(1, 100), use_cache=True).past_key_values
         held = sum(layer.bytes(100) for layer in probe(model).layers)
         # transformers keeps the window less the token that is to come
-        assert held == decode.cache_bytes(cache)["total"] * 32 // 31
+        assert held == measurement.cache_bytes(cache)["total"] * 32 // 31
 
 
 def fake_rows(names: list[str], log: list[str]) -> dict:

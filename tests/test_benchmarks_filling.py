@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from linearize import LinearizeConfig, convert
-from linearize.benchmarks import decode
+from linearize.benchmarks import measurement
 from linearize.benchmarks.filling import READ, extend, fill_period, tokens_to_read
 from linearize.benchmarks.modes import MODES
 from linearize.cache import NearFarLayer
@@ -157,9 +157,11 @@ def test_padded_rows_are_not_filled():
 def test_a_measurement_fills_in_what_it_does_not_read(mode):
     model, filled = make_model("llama"), TOKENS - READ_TOKENS
     with torch.no_grad():
-        sample = decode.measure(model, decode.Run(MODES[mode], make_tokens(2, READ_TOKENS), filled, CAPACITY, 3))
+        sample = measurement.measure(
+            model, measurement.Run(MODES[mode], make_tokens(2, READ_TOKENS), filled, CAPACITY, 3)
+        )
     assert (sample.prefill_ms, sample.filled, len(sample.step_ms)) == (None, filled, 3)
-    held = CAPACITY if mode == "static" else TOKENS + decode.WARMUP + 3
+    held = CAPACITY if mode == "static" else TOKENS + measurement.WARMUP + 3
     # 3 layers, keys and values, batch 2, 2 key-value heads of 16, float32
     assert sample.cache_bytes["softmax"] == 3 * 2 * 2 * 2 * 16 * 4 * held
 
@@ -181,10 +183,10 @@ def test_a_step_costs_what_it_costs_after_a_prefill(kind):
     length = 512 + 190 * PERIOD  # 3552
     prompt = make_tokens(4, length)
     mode = MODES["static" if kind == "static" else "dynamic"]
-    runs = [decode.Run(mode, prompt[:, :count], length - count, length + 64, 20) for count in (512, length)]
+    runs = [measurement.Run(mode, prompt[:, :count], length - count, length + 64, 20) for count in (512, length)]
     times = [[], []]
     with torch.no_grad():
         for _ in range(8):
             for run, steps in zip(runs, times):
-                steps.append(min(decode.measure(model, run).step_ms))
+                steps.append(min(measurement.measure(model, run).step_ms))
     assert 0.8 < median(times[0]) / median(times[1]) < 1.25
