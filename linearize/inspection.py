@@ -141,11 +141,13 @@ def softmax_bytes(model_config: Any, layer: int, tokens: int, dtype: str) -> int
 
 
 def layer_bytes(config: LinearizeConfig, kv_heads: int, head_dim: int, value_dim: int, dtype: str) -> int:
-    """What one converted layer caches for one sequence, at any context: 2 W near tokens, S sinks and the state."""
-    near = (2 * config.window + config.sinks) * kv_heads * (head_dim + value_dim) * DTYPE_BYTES[dtype]
+    """What one converted layer caches for one sequence, at any context: 2 W near tokens, S sinks and the state; and,
+    to take tokens back by, W more tokens and the state before them (which a recurrent state has not)."""
+    token = kv_heads * (head_dim + value_dim) * DTYPE_BYTES[dtype]
+    near, aside = (2 * config.window + config.sinks) * token, config.window * token
     if config.mixer == "none":
-        return near
+        return near + aside
     if config.mixer == "gla":  # softmax over the head's channels, and no normaliser
         return near + kv_heads * head_dim * value_dim * STATE_BYTES
     features = 2 * (config.feature_dim or head_dim)  # hedgehog: softmax(xW) and softmax(-xW)
-    return near + kv_heads * features * (value_dim + 1) * STATE_BYTES
+    return near + aside + 2 * kv_heads * features * (value_dim + 1) * STATE_BYTES

@@ -75,10 +75,10 @@ def test_rows_are_near_far_and_mix(chunks_a_block, monkeypatch, start, mix):
     state = State(*(torch.rand_like(x) for x in mixer.empty_state(k, v)))
     options = {"window": window, "start": start}
     rows = (q, k, v, sink_k, sink_v)
-    out, none = near_far_rows(
+    out, *none = near_far_rows(
         *rows, None if mix is None else mixer, logit, mix=mix or "gate", state=state, scale=0.3, **options
     )
-    assert none is None
+    assert none == [None, None]
 
     def apart():
         near = near_chunked(*rows, **options, scale=0.3)
@@ -95,12 +95,15 @@ def test_rows_are_near_far_and_mix(chunks_a_block, monkeypatch, start, mix):
     assert_near(out, mix_near_far(near, lse, far, log_mass, logit, mix))
     monkeypatch.setattr(module, "_block_chunks", lambda q, window, sinks: chunks_a_block)
     for keep in (0, 3, 6, torch.tensor([5, 0, 6]), torch.tensor([0, 1, 2])):
-        _, kept = near_far_rows(*rows, mixer, logit, mix=mix, state=state, keep=keep, **options)
+        _, kept, older = near_far_rows(*rows, mixer, logit, mix=mix, state=state, keep=keep, **options)
         index = torch.as_tensor(keep).expand(3)
         for name in ("s", "z"):
             whole = getattr(states, name)
             assert_near(getattr(kept, name), torch.stack([whole[b, :, i] for b, i in enumerate(index)]))
             assert not getattr(kept, name).requires_grad
+            for b, i in enumerate(index.tolist()):
+                if i:  # the state a chunk earlier; there is none before the first
+                    assert_near(getattr(older, name)[b], whole[b, :, i - 1])
 
 
 def test_softmax_lse():

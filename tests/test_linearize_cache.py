@@ -186,9 +186,10 @@ class TestBytes:
             counts[length] = cache_bytes(cache)
         converted = 2 if kept == "none" else 1
         rows_and_heads = 2 * 2
-        # 2 W + S keys and values of 16 float32; 2 * feature_dim features by 16 values and a normaliser, float32.
-        window = converted * rows_and_heads * (2 * 16 + 2) * (16 + 16) * 4
-        state = 0 if far == "none" else converted * rows_and_heads * 16 * (16 + 1) * 4
+        # 2 W + S keys and values of 16 float32; 2 * feature_dim features by 16 values and a normaliser, float32. To go
+        # back by: W more keys and values, and one more state.
+        window = converted * rows_and_heads * (3 * 16 + 2) * (16 + 16) * 4
+        state = 0 if far == "none" else converted * rows_and_heads * 2 * 16 * (16 + 1) * 4
         for length, count in counts.items():
             softmax = 0 if kept == "none" else rows_and_heads * length * (16 + 16) * 4
             assert count == {

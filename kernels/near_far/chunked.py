@@ -65,7 +65,7 @@ def near_far_chunked(
         (mix_rows,) = pack_rows(mask, mix_logit[..., None])
         mix_logit = pad_to_chunks(mix_rows, window).squeeze(-1)
     rows = (q_rows, k_rows, v_rows, sink_k, sink_v)
-    out, _ = near_far_rows(*rows, mixer, mix_logit, window=window, mix=mix, scale=scale)
+    out, *_ = near_far_rows(*rows, mixer, mix_logit, window=window, mix=mix, scale=scale)
     return unpack_rows(mask, out[:, :, :length])
 
 
@@ -84,12 +84,13 @@ def near_far_rows(
     start: int | Tensor = 0,
     state: State | None = None,
     keep: int | Tensor | None = None,
-) -> tuple[Tensor, State | None]:
+) -> tuple[Tensor, State | None, State | None]:
     """`near_chunked`, `far_chunked` and `mix_near_far` in one pass, so that near and far are never whole tensors.
 
     Arguments as there; `keep` is the chunk, counted from `start` and below N, before which the state is wanted
     afterwards: one a batch (int), one a row (B,), or None for no state.
-    Returns o (B, H, T, V) in q's dtype and that state, without gradient; None without `keep` or a mixer.
+    Returns o (B, H, T, V) in q's dtype, that state and the one a chunk earlier, without gradient; None without `keep`
+    or a mixer. The earlier one is of no meaning where `keep` is 0.
     """
     kv_heads, sinks = k.shape[1], sink_k.shape[2]
     near = _Near(sink_k, sink_v, window, scale, start, from_peak=mix == "peak")
@@ -97,9 +98,10 @@ def near_far_rows(
     if mixer is not None and mix_logit is not None:
         logits = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).expand(q.shape[:3])[..., None]
     kept: State | None = None
+    older: State | None = None
 
     def blocks() -> Iterator[tuple[Tensor]]:
-        nonlocal kept
+        nonlocal kept, older
         before = mixer.empty_state(k, v) if mixer is not None and state is None else state
         for first, q_block, k_block, v_block, logit in _blocks(window, sinks, q, k, v, logits):
             out, lse = near(q_block, k_block, v_block, first)
@@ -115,10 +117,11 @@ def near_far_rows(
                 out = mix_near_far(out, lse, far, log_mass, folded, mix)
                 if keep is not None:
                     kept = _kept_state(kept, states, keep - first + 1)
+                    older = _kept_state(older, states, keep - first)
             yield (out,)
 
     (out,) = _unfolded(blocks(), q, window, q.dtype)
-    return out, kept
+    return out, kept, older
 
 
 def near_chunked(

@@ -11,6 +11,11 @@ its second, so nothing ever moves: when the next token begins chunk c >= 2, chun
 it will overwrite, is folded into the state, and start grows by W. The state is read at every token and written once
 in W. A query in chunk c sees the whole other half (if c >= 1), its own half up to its own slot, the sinks before
 start, and the state: the definition in `reference`. What else lies in its own half is chunk c - 2, which is not seen.
+What the begin of chunk c puts out, chunk c - 2 and the state before it, is kept aside: see `rollback`.
+
+A memory for graphs (`static`) holds the same at addresses that never change, and its step has no branch on data: while
+chunk c comes, the tokens of chunk c - 1 go into `pending` one by one, and `pending` goes into the state when it is
+over. Such a memory keeps nothing aside.
 
 Shape legend as in `chunked`.
 """
@@ -25,8 +30,9 @@ from ..backends import choose_backend, log_once
 from .checks import check_inputs
 from .chunked import near_far_rows, pad_to_chunks
 from .mixers import Hedgehog, Mixer, Recurrent, State, full_precision, near_part, state_obstacle
-from .one_token import one_token, wide
+from .one_token import one_token, pending_state, wide
 from .pack import pack_rows, unpack_rows
+from .rollback import Undo
 
 __all__ = ["Memory", "near_far_step"]
 
@@ -34,7 +40,9 @@ __all__ = ["Memory", "near_far_step"]
 @dataclass
 class Memory:
     """See the module. `uniform` is the length of every row while all are known to be equal, else None: rows of one
-    length need no index tensors, and their bookkeeping stays on the host.
+    length need no index tensors, and their bookkeeping stays on the host. `undo` is what tokens can be taken back by,
+    None where they cannot; `pending` the tokens of chunk c - 1 that are on their way into the state of a `static`
+    memory.
 
     Decoding one token without gradients changes the tensors in place, so that their addresses stay what they were.
     """
@@ -45,6 +53,9 @@ class Memory:
     state: State | None
     lengths: Tensor
     uniform: int | None
+    undo: Undo | None = None
+    pending: State | None = None
+    static: bool = False
 
     @property
     def near_k(self) -> Tensor:
@@ -76,6 +87,7 @@ class Memory:
         window: int,
         sinks: int,
         state_dtype: torch.dtype | None = None,
+        static: bool = False,
     ) -> "Memory":
         """A memory of nothing, for keys (B, K, ., D) and values (B, K, ., V) like these.
 
@@ -83,9 +95,10 @@ class Memory:
         float32. They are added up in float32 either way and rounded once a chunk; their normaliser stays float32.
         bfloat16 is for short contexts: with W = 64 it is as exact as the outputs' rounding to 4k tokens, off by 4 %
         at 16k and by half at 64k, where the sums have stopped growing.
+        static: for graphs; see the module.
         """
 
-        k = near_part(mixer, k)
+        k, recurrent = near_part(mixer, k), isinstance(mixer, Recurrent)
 
         def zeros(x: Tensor) -> Tensor:
             return x.new_zeros(x.shape[0], x.shape[1], sinks + 2 * window, x.shape[3])
@@ -93,6 +106,7 @@ class Memory:
         state = None if mixer is None else mixer.empty_state(k, v)
         if state is not None and state_dtype is not None:
             state = State(state.s.to(state_dtype), state.z)
+        pending = mixer.empty_state(k, v) if mixer is not None and static and not recurrent else None
         return cls(
             keys=zeros(k),
             values=zeros(v),
@@ -100,16 +114,31 @@ class Memory:
             state=state,
             lengths=torch.zeros(k.shape[0], dtype=torch.long, device=k.device),
             uniform=0,
+            undo=None if static or recurrent else Undo.empty(k, v, state, window),
+            pending=pending,
+            static=static,
         )
 
     def map(self, fn) -> "Memory":
         """A memory whose every tensor is `fn` of this one's: reordering rows, moving to a device."""
-        state = None if self.state is None else State(*(fn(x) for x in self.state))
-        return Memory(fn(self.keys), fn(self.values), self.sinks, state, fn(self.lengths), self.uniform)
+        state, pending = (None if x is None else State(*(fn(y) for y in x)) for x in (self.state, self.pending))
+        return Memory(
+            keys=fn(self.keys),
+            values=fn(self.values),
+            sinks=self.sinks,
+            state=state,
+            lengths=fn(self.lengths),
+            uniform=self.uniform,
+            undo=None if self.undo is None else self.undo.map(fn),
+            pending=pending,
+            static=self.static,
+        )
 
     def nbytes(self) -> tuple[int, int]:
-        """(bytes of the near window and the sinks, bytes of the state)."""
-        return self.keys.nbytes + self.values.nbytes, 0 if self.state is None else sum(x.nbytes for x in self.state)
+        """(bytes of keys and values, bytes of states), with what is kept to go back by or on its way."""
+        near, far = (0, 0) if self.undo is None else self.undo.nbytes()
+        states = [x for state in (self.state, self.pending) if state is not None for x in state]
+        return near + self.keys.nbytes + self.values.nbytes, far + sum(x.nbytes for x in states)
 
 
 def near_far_step(
@@ -145,12 +174,12 @@ def near_far_step(
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer, mix))
     with full_precision(q):
-        if q.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
-            if chosen == "triton" and _steps_in_triton(mixer):
+        if q.shape[2] == 1 and (mask is None or memory.static) and not torch.is_grad_enabled():
+            if chosen == "triton" and not memory.static and _steps_in_triton(mixer):
                 from .triton_decode import triton_step
 
                 return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
-            return one_token(q, k, v, memory, mixer, mix_logit, **options), memory
+            return one_token(q, k, v, memory, mixer, mix_logit, **options, mask=mask), memory
         return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
 
 
@@ -261,9 +290,9 @@ def _many_tokens(
     if triton:
         total = (filled + counts).expand_as(memory.lengths)
         with torch.no_grad():
-            out, state = triton_operators.near_far_rows(*rows, **passed, total=total, only_state=gradient)
+            out, state, older = triton_operators.near_far_rows(*rows, **passed, total=total, only_state=gradient)
     else:
-        out, state = near_far_rows(*rows, **passed)
+        out, state, older = near_far_rows(*rows, **passed)
     if triton and gradient:
         out = triton_operators.near_far_triton(
             q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask
@@ -271,14 +300,58 @@ def _many_tokens(
     else:
         out = unpack_rows(mask, _rows(out, filled, new)).to(q.dtype)
     if state is not None:
-        assert memory.state is not None, "a memory made for a mixer has a state"
-        state = State(*(x.to(old.dtype) for x, old in zip(state, memory.state, strict=True)))
+        state = _stored_as(state, memory.state)
     keys, values = (
         torch.cat([sink.detach(), _turn(_rows(x.detach(), skipped, 2 * window), next_start, window)], dim=2)
         for sink, x in ((sink_k, k_rows), (sink_v, v_rows))
     )
+    undo = None
+    if memory.undo is not None:
+        older = None if older is None else _stored_as(older, memory.state)
+        undo = _undo(memory.undo, k_rows.detach(), v_rows.detach(), older, skipped, window)
     next_uniform = None if uniform is None else uniform + new
-    return out, Memory(keys, values, sinks, state, lengths, next_uniform)
+    after = Memory(keys, values, sinks, state, lengths, next_uniform, undo=undo)
+    return out, _settle(memory, after, mixer, window) if memory.static else after
+
+
+def _stored_as(state: State, like: State | None) -> State:
+    assert like is not None, "a memory made for a mixer has a state"
+    return State(*(x.to(old.dtype) for x, old in zip(state, like, strict=True)))
+
+
+def _undo(before: Undo, k: Tensor, v: Tensor, older: State | None, skipped: int | Tensor, window: int) -> Undo:
+    """What the begin of the newest chunk puts out, of rows (B, K, ., .) that start where the window did; where the
+    window has not moved, it is what was kept before."""
+    first = skipped - window
+    if isinstance(first, int):
+        if first < 0:
+            return before
+        chunk = slice(first, first + window)
+        return Undo(k[:, :, chunk].clone(), v[:, :, chunk].clone(), older, before.spent)
+    moved = first >= 0
+    keys, values = (
+        torch.where(moved[:, None, None, None], _rows(x, first.clamp_min(0), window), old)
+        for x, old in ((k, before.keys), (v, before.values))
+    )
+    state = before.state
+    if state is not None and older is not None:
+        s = torch.where(moved[:, None, None, None], older.s, state.s)
+        state = State(s, torch.where(moved[:, None, None], older.z, state.z))
+    return Undo(keys, values, state, before.spent)
+
+
+def _settle(memory: Memory, after: Memory, mixer: Mixer | None, window: int) -> Memory:
+    """`memory`, made for graphs, with what `after` holds."""
+    for old, new in ((memory.keys, after.keys), (memory.values, after.values), (memory.lengths, after.lengths)):
+        old.copy_(new)
+    if memory.state is not None and after.state is not None:
+        for old, new in zip(memory.state, after.state, strict=True):
+            old.copy_(new)
+    memory.uniform = None
+    if memory.pending is not None and mixer is not None:
+        for old, new in zip(memory.pending, pending_state(memory, mixer, window), strict=True):
+            old.copy_(new)
+    return memory
 
 
 def _turn(x: Tensor, start: int | Tensor, window: int) -> Tensor:

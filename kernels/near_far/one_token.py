@@ -19,7 +19,7 @@ from .mixers import Mixer, State, accumulation_dtype
 if TYPE_CHECKING:
     from .memory import Memory
 
-__all__ = ["fold", "one_token", "wide"]
+__all__ = ["fold", "one_token", "pending_state", "wide"]
 
 # Returns (output, log Z); what scaled_dot_product_attention calls on a CPU, which keeps log Z to itself.
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -37,12 +37,19 @@ def one_token(
     sinks: int,
     mix: str,
     scale: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention (B, H, 1, V) of one new token, which `memory` remembers in place. Arguments as in `near_far_step`."""
-    fold(memory, mixer, window=window, sinks=sinks)
+    """Attention (B, H, 1, V) of one new token, which `memory` remembers in place. Arguments as in `near_far_step`; only
+    a static memory takes a mask."""
+    new = None if mask is None else mask[:, 0].bool()
+    if memory.static:
+        memory.uniform = None
+        _advance(memory, mixer, window, new)
+    else:
+        fold(memory, mixer, window=window, sinks=sinks)
     position: int | Tensor = memory.lengths.clone() if memory.uniform is None else memory.uniform
-    _remember(memory, k, v, position)
-    memory.lengths.add_(1)
+    _remember(memory, k, v, position, new)
+    memory.lengths.add_(1 if new is None else new)
     if memory.uniform is not None:
         memory.uniform += 1
 
@@ -67,6 +74,8 @@ def one_token(
         value, log_mass = mixer.read(state, phi_q)
         value, log_mass = value.reshape(batch, heads, 1, -1), log_mass.reshape(batch, heads, 1)
         out = mix_near_far(out, lse, value, log_mass, mix_logit, mix)
+    if new is not None:
+        out = torch.where(new[:, None, None, None], out, 0)
     return out.to(q.dtype)
 
 
@@ -112,8 +121,9 @@ def _hidden(position: Tensor, window: int, sinks: int, dtype: torch.dtype) -> Te
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _remember(memory: "Memory", k: Tensor, v: Tensor, position: int | Tensor) -> None:
-    """One new token of every row into its slot of the ring, and among the sinks where it is one of them."""
+def _remember(memory: "Memory", k: Tensor, v: Tensor, position: int | Tensor, new: Tensor | None = None) -> None:
+    """One new token of every row, or of the rows `new` (B,), into its slot of the ring, and among the sinks where it is
+    one of them."""
     sinks = memory.sinks
     for x, held in ((k, memory.keys), (v, memory.values)):
         ring = held.shape[2] - sinks
@@ -123,23 +133,27 @@ def _remember(memory: "Memory", k: Tensor, v: Tensor, position: int | Tensor) ->
                 held[:, :, position] = x[:, :, 0]
             continue
         row = torch.arange(x.shape[0], device=x.device)
-        held[row, :, sinks + position % ring] = x[:, :, 0]
-        # A token that is no sink is written once more into its slot.
-        held[row, :, torch.where(position < sinks, position, sinks + position % ring)] = x[:, :, 0]
+        slot = sinks + position % ring
+        token = x[:, :, 0] if new is None else torch.where(new[:, None, None], x[:, :, 0], held[row, :, slot])
+        held[row, :, slot] = token
+        if sinks:  # a token that is no sink is written once more into its slot
+            sink = position < sinks if new is None else (position < sinks) & new
+            held[row, :, torch.where(sink, position, slot)] = token
 
 
 def fold(memory: "Memory", mixer: Mixer | None, *, window: int, sinks: int) -> None:
-    """In the rows whose next token begins a chunk c >= 2: chunk c - 2, which it will overwrite, into the state."""
-    if mixer is None:
+    """In the rows whose next token begins a chunk c >= 2: chunk c - 2, which it will overwrite, into the state; it and
+    the state before it are kept to go back by."""
+    undo = memory.undo
+    if mixer is None and undo is None:
         return
-    assert memory.state is not None, "a memory made for a mixer has a state"
     position: int | Tensor = memory.lengths if memory.uniform is None else memory.uniform
     if not isinstance(position, Tensor) and (position % window or position < 2 * window):
         return
     half = torch.arange(window, device=memory.keys.device)
     if isinstance(position, Tensor):
         due = (position % window == 0) & (position >= 2 * window)
-        if not bool(due.any()):
+        if mixer is not None and not bool(due.any()):  # a copy of one chunk is not worth waiting for the device
             return
         slots = (position // window % 2 * window)[:, None] + half
         first = position[:, None] - 2 * window
@@ -154,12 +168,71 @@ def fold(memory: "Memory", mixer: Mixer | None, *, window: int, sinks: int) -> N
         k, v = memory.near_k[:, :, slot : slot + window], memory.near_v[:, :, slot : slot + window]
         kept = (position - 2 * window + half >= sinks)[None]
         changed = None
-    phi_k = mixer.key_features(k) * kept[:, None, :, None]
+    if undo is not None:
+        _put(undo.keys, k, changed)
+        _put(undo.values, v, changed)
+    if mixer is None:
+        return
     before = wide(memory.state)
-    assert before is not None
-    after = mixer.update(before, phi_k, v)
-    for old, new, where in zip(memory.state, after, (changed, None if changed is None else changed[..., 0])):
-        old.copy_(new if where is None else torch.where(where, new, old))
+    assert before is not None, "a memory made for a mixer has a state"
+    assert memory.state is not None
+    after = mixer.update(before, mixer.key_features(k) * kept[:, None, :, None], v)
+    for index, (held, new) in enumerate(zip(memory.state, after, strict=True)):
+        rows = changed if changed is None or not index else changed[..., 0]
+        if undo is not None and undo.state is not None:
+            _put(undo.state[index], held, rows)
+        _put(held, new, rows)
+
+
+def _put(held: Tensor, new: Tensor, rows: Tensor | None) -> None:
+    """`new` into `held`, in all rows or where `rows` says so."""
+    held.copy_(new if rows is None else torch.where(rows, new, held))
+
+
+def _advance(memory: "Memory", mixer: Mixer | None, window: int, new: Tensor | None) -> None:
+    """The state of a static memory before the next token of every row, or of the rows `new` (B,), without a branch.
+
+    `pending` holds the tokens of chunk c - 1 that stand as far into it as the row's newest into chunk c. When the next
+    one begins a chunk it is whole, and goes into the state. Then the token a window before the next one goes in.
+    """
+    if mixer is None or memory.state is None or memory.pending is None:
+        return
+    position, pending = memory.lengths, memory.pending
+    begins = position % window == 0
+    if new is not None:
+        begins = begins & new
+    for held, whole in zip(memory.state, pending, strict=True):
+        mark = begins.view(-1, *[1] * (held.ndim - 1))
+        held.copy_(torch.where(mark, held + whole, held))
+        whole.masked_fill_(mark, 0)
+    leaving = position - window
+    row = torch.arange(position.shape[0], device=position.device)
+    slot = leaving % (2 * window)
+    k, v = (x[row, :, slot][:, :, None] for x in (memory.near_k, memory.near_v))
+    joins = leaving >= memory.sinks
+    if new is not None:
+        joins = joins & new
+    after = mixer.update(pending, mixer.key_features(k) * joins[:, None, None, None], v)
+    for held, more in zip(pending, after, strict=True):
+        held.copy_(more)
+
+
+def pending_state(memory: "Memory", mixer: Mixer, window: int) -> State:
+    """What `pending` of a static memory has to be after any tokens: the tokens of chunk c - 1, sinks apart, that stand
+    no further into it than the newest into chunk c."""
+    newest = memory.lengths - 1
+    half = torch.arange(window, device=newest.device)
+    first = (newest.div(window, rounding_mode="floor") - 1) * window  # of chunk c - 1
+    slots = (first % (2 * window))[:, None] + half
+    k, v = (
+        x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        for x in (memory.near_k, memory.near_v)
+    )
+    token = first[:, None] + half
+    kept = (token >= memory.sinks) & (token >= 0) & (token <= (newest - window)[:, None])
+    return mixer.update(
+        mixer.empty_state(memory.near_k, memory.near_v), mixer.key_features(k) * kept[:, None, :, None], v
+    )
 
 
 def wide(state: State | None) -> State | None:

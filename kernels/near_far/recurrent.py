@@ -95,8 +95,8 @@ def recurrent_step(
     )
     with full_precision(q):
         value, last = mixer.attend(q, k, v, state, mask=mask, backend=_engine(backend))
-        if q.shape[2] == 1 and not torch.is_grad_enabled():
-            state.s.copy_(last.s)  # in place, as all of a memory at one token
+        if (q.shape[2] == 1 and not torch.is_grad_enabled()) or memory.static:
+            state.s.copy_(last.s.detach())  # in place, as all of a memory at one token
         else:
             # A copy: it may be a view of the states of all chunks, which would be kept alive with it.
             state = State(last.s.detach().to(state.s.dtype, copy=True), state.z)

@@ -11,6 +11,7 @@ from ..devices import INTERPRETER, Target
 from ..launch import current_target, launch
 from .memory import Memory
 from .mixers import Hedgehog, Mixer, accumulation_dtype
+from .one_token import fold
 from .triton_arguments import TL_TYPES, last_contiguous, tile
 from .triton_decode_kernels import decode_combine, decode_prepare, decode_step
 
@@ -148,6 +149,13 @@ def triton_step(
         raise LinearizeError(
             f"near_far_step: the Triton step knows no mixer {type(mixer).__name__}; use Hedgehog, or the PyTorch step"
         )
+    undo = memory.undo
+    if undo is None:
+        raise LinearizeError("near_far_step: the Triton step keeps what tokens are taken back by; use Memory.empty")
+    captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    memory.uniform = None if captured else memory.uniform
+    if mixer is None:
+        fold(memory, None, window=window, sinks=sinks)
     s, z = (None, None) if mixer is None or memory.state is None else memory.state
     ring = {"near_k": memory.near_k, "near_v": memory.near_v, "sink_k": memory.sink_k, "sink_v": memory.sink_v}
     rest: dict[str, Tensor | None] = {"lengths": memory.lengths, "state_s": s, "state_z": z}
@@ -176,12 +184,13 @@ def triton_step(
         "ACC": TL_TYPES[dtype],
     }  # fmt: skip
     projected = None
-    if isinstance(mixer, Hedgehog):
+    if isinstance(mixer, Hedgehog) and undo.state is not None:
+        kept = {"undo_k": undo.keys, "undo_v": undo.values, "undo_s": undo.state.s, "undo_z": undo.state.z}
         projected = q.new_empty(batch, heads, half, dtype=dtype)
         folds = batch * kv_heads * triton.cdiv(value_dim, blocks.FOLD_SHARE)
         projects = triton.cdiv(batch, blocks.ROWS) * heads * triton.cdiv(half, blocks.BLOCK_P)
         arguments = {
-            **common, "projected": projected, "query_weight": mixer.query_weight.detach().contiguous(),
+            **common, **kept, "projected": projected, "query_weight": mixer.query_weight.detach().contiguous(),
             "key_weight": mixer.key_weight.detach().contiguous(), "batch": batch, "folds": folds, "HEADS": heads,
             "FEATURE_DOT": "ieee" if exact or target.backend == "hip" else "tf32x3",
             **chosen("ROWS", "PROJECT_D", "BLOCK_P", "FOLD_N", "FOLD_D", "FOLD_F", "FOLD_V", "FOLD_SHARE"),
@@ -222,6 +231,5 @@ def triton_step(
         launch(decode_combine, (batch * heads,), {**ending, "HEADS": heads}, num_warps=4, num_stages=1)
     else:
         memory.lengths.add_(1)
-    captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    memory.uniform = None if memory.uniform is None or captured else memory.uniform + 1
+    memory.uniform = None if memory.uniform is None else memory.uniform + 1
     return out

@@ -40,6 +40,10 @@ def decode_prepare(
     key_weight,
     state_s,
     state_z,
+    undo_k,
+    undo_v,
+    undo_s,
+    undo_z,
     lengths,
     projected,
     q_row,
@@ -72,8 +76,8 @@ def decode_prepare(
     if pid < folds:
         parts: tl.constexpr = (V + FOLD_SHARE - 1) // FOLD_SHARE
         _fold_chunk(
-            pid // parts, pid % parts, near_k, near_v, key_weight, state_s, state_z, lengths, KV_HEADS, WINDOW, SINKS,
-            D, V, HALF, FOLD_N, FOLD_D, FOLD_F, FOLD_V, FOLD_SHARE, FEATURE_DOT, ACC,
+            pid // parts, pid % parts, near_k, near_v, key_weight, state_s, state_z, undo_k, undo_v, undo_s, undo_z,
+            lengths, KV_HEADS, WINDOW, SINKS, D, V, HALF, FOLD_N, FOLD_D, FOLD_F, FOLD_V, FOLD_SHARE, FEATURE_DOT, ACC,
         )  # fmt: skip
     else:
         _project_queries(
@@ -129,6 +133,10 @@ def _fold_chunk(
     weight,
     state_s,
     state_z,
+    undo_k,
+    undo_v,
+    undo_s,
+    undo_z,
     lengths,
     KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -144,7 +152,8 @@ def _fold_chunk(
     FEATURE_DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """s += phi_k^T v and z += sum phi_k over chunk c - 2 without sinks, if the row's next token begins chunk c >= 2.
+    """s += phi_k^T v and z += sum phi_k over chunk c - 2 without sinks, if the row's next token begins chunk c >= 2;
+    that chunk and the state before it are kept (`rollback`).
 
     A program has FOLD_SHARE columns of v and all features, whose softmax needs them all.
     """
@@ -157,6 +166,10 @@ def _fold_chunk(
         values = near_v + owner.to(tl.int64) * ((SINKS + 2 * WINDOW) * V)
         s = state_s + owner.to(tl.int64) * (2 * HALF * V)
         z = state_z + owner * (2 * HALF)
+        undo_k += owner.to(tl.int64) * (WINDOW * D)
+        undo_v += owner.to(tl.int64) * (WINDOW * V)
+        undo_s += owner.to(tl.int64) * (2 * HALF * V)
+        undo_z += owner * (2 * HALF)
         for first in range(0, WINDOW, FOLD_N):
             i = first + tl.arange(0, FOLD_N)
             slot = (chunk % 2) * WINDOW + i
@@ -165,7 +178,9 @@ def _fold_chunk(
             for begin in range(0, D, FOLD_D):
                 d = begin + tl.arange(0, FOLD_D)
                 there = stored[:, None] & (d[None, :] < D)
-                k = tl.load(keys + slot[:, None] * D + d[None, :], mask=there, other=0.0).to(ACC)
+                k = tl.load(keys + slot[:, None] * D + d[None, :], mask=there, other=0.0)
+                tl.store(undo_k + i[:, None] * D + d[None, :], k, mask=there & (part == 0))
+                k = k.to(ACC)
                 there = (d[:, None] < D) & (f[None, :] < HALF)
                 columns = tl.load(w + d[:, None] * HALF + f[None, :], mask=there, other=0.0).to(ACC)
                 p += tl.dot(k, columns, input_precision=FEATURE_DOT, out_dtype=ACC)
@@ -174,16 +189,21 @@ def _fold_chunk(
             for minus in tl.static_range(2):
                 phi = tl.where(kept, half_of_features(p, 1.0 - 2.0 * minus, HALF, FOLD_F), 0.0)
                 z_at = z + minus * HALF + f
-                tl.store(z_at, tl.load(z_at, mask=once, other=0.0) + tl.sum(phi, 0), mask=once)
+                norm = tl.load(z_at, mask=once, other=0.0)
+                tl.store(undo_z + minus * HALF + f, norm, mask=once & (first == 0))
+                tl.store(z_at, norm + tl.sum(phi, 0), mask=once)
                 phi = tl.trans(phi)
                 for begin in range(part * FOLD_SHARE, tl.minimum((part + 1) * FOLD_SHARE, V), FOLD_V):
                     e = begin + tl.arange(0, FOLD_V)[None, :]
-                    v = tl.load(values + slot[:, None] * V + e, mask=stored[:, None] & (e < V), other=0.0).to(ACC)
-                    s_at = s + (minus * HALF + f)[:, None] * V + e
+                    there = stored[:, None] & (e < V)
+                    v = tl.load(values + slot[:, None] * V + e, mask=there, other=0.0)
+                    tl.store(undo_v + i[:, None] * V + e, v, mask=there & (minus == 0))
+                    at = (minus * HALF + f)[:, None] * V + e
                     inside = (f[:, None] < HALF) & (e < V)
-                    total = tl.load(s_at, mask=inside, other=0.0).to(ACC)
-                    total += tl.dot(phi, v, input_precision=FEATURE_DOT, out_dtype=ACC)
-                    tl.store(s_at, total.to(state_s.dtype.element_ty), mask=inside)
+                    before = tl.load(s + at, mask=inside, other=0.0)
+                    tl.store(undo_s + at, before, mask=inside & (first == 0))
+                    total = before.to(ACC) + tl.dot(phi, v.to(ACC), input_precision=FEATURE_DOT, out_dtype=ACC)
+                    tl.store(s + at, total.to(state_s.dtype.element_ty), mask=inside)
             # The next keys add to what was stored here, perhaps by other threads.
             tl.debug_barrier()
 

@@ -230,7 +230,8 @@ def prefix_sums(
 ):
     """Running sums of `sums` (P, K, SIZE) along each sequence's chunks, in one pass.
 
-    Forward: before[c] = initial + sums[0] + ... + sums[c - 1], and the one at the table's `keep` once more in float32.
+    Forward: before[c] = initial + sums[0] + ... + sums[c - 1], and those at the table's `keep` and a chunk earlier once
+    more in float32: kept (2, N, K, SIZE).
     REVERSE: before[c] = sums[c + 2] + sums[c + 3] + ...: what the queries that read a state leave to its chunk.
     """
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -240,6 +241,7 @@ def prefix_sums(
     count = tl.load(sequences + sequence * 3 + 1)
     keep = tl.load(sequences + sequence * 3 + 2)
     own = (sequence.to(tl.int64) * KV_HEADS + head) * SIZE + at
+    plane = tl.num_programs(0).to(tl.int64) * KV_HEADS * SIZE
     total = tl.zeros((BLOCK,), ACC)
     pending = tl.zeros((BLOCK,), ACC)
     if initial is not None:
@@ -257,6 +259,7 @@ def prefix_sums(
         else:
             if kept is not None:
                 tl.store(kept + own, total, mask=inside & (c == keep))
+                tl.store(kept + plane + own, total, mask=inside & (c == keep - 1))
             total += new
 
 

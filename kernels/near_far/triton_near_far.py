@@ -59,7 +59,8 @@ class Problem:
 class FarStates:
     """before (P, K, F, V) in the operands' dtype and norms (P, K, F): the sums before each chunk of the table.
 
-    kept, kept_norms: those before the chunk that the table names for each sequence, (N, K, F, V), (N, K, F), float32.
+    kept, kept_norms: those before the chunk that the table names for each sequence, and those a chunk earlier,
+    (2, N, K, F, V), (2, N, K, F), float32.
     """
 
     before: Tensor
@@ -416,7 +417,7 @@ class _Call:
         sequences = self.rows.sequences
         kept = None
         if not reverse:
-            kept = torch.zeros(sequences.shape[0], *sums.shape[1:], dtype=sums.dtype, device=sums.device)
+            kept = torch.zeros(2, sequences.shape[0], *sums.shape[1:], dtype=sums.dtype, device=sums.device)
         block = min(1024, 1 << (size - 1).bit_length())
         arguments = {
             "sums": sums,

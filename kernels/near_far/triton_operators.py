@@ -128,8 +128,9 @@ def near_far_rows(
     keep: int | Tensor,
     total: Tensor,
     only_state: bool = False,
-) -> tuple[Tensor, State | None]:
-    """`near_far_rows` of `chunked`, without gradient: the outputs of all tokens, and the state before chunk `keep`.
+) -> tuple[Tensor, State | None, State | None]:
+    """`near_far_rows` of `chunked`, without gradient: the outputs of all tokens, and the states before chunk `keep` and
+    a chunk earlier.
 
     Arguments as there; total (B,): the tokens of each row. only_state computes nothing else, and returns q for outputs.
     """
@@ -152,7 +153,10 @@ def near_far_rows(
         out, _, states = near_far_forward(
             q, k, v, sink_k, sink_v, mix_logit, query_features, key_features, rows, problem, initial
         )
-    return out, None if states is None else State(states.kept, states.kept_norms)
+    if states is None:
+        return out, None, None
+    kept, older = (State(s, z) for s, z in zip(states.kept, states.kept_norms, strict=True))
+    return out, kept, older
 
 
 def _log_odds(q: Tensor, mixer: Mixer | None, mix_logit: Tensor | None) -> Tensor | None:
