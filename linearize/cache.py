@@ -1,5 +1,6 @@
 """The cache of a converted model: transformers' own `Cache`, with a layer class of constant size."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,8 +9,27 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import Memory, Mixer, near_far_step
+from linearize.kernels.near_far.rollback import remove_tokens
 
 __all__ = ["NearFarLayer", "cache_bytes", "install_layers", "new_cache"]
+
+
+@dataclass
+class _Record:
+    """What came since a point that a layer can go back to: by transformers' protocol, from `activate_past_recording`
+    or the last `crop` on.
+
+    start: the memory there, None before the first token; pieces: (k, v, mask) of each call; again: a function of one
+    piece and a memory that gives the memory after it.
+    """
+
+    start: Memory | None
+    pieces: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    again: Any = None
+
+    def map(self, fn) -> "_Record":
+        pieces = [(fn(k), fn(v), None if mask is None else fn(mask)) for k, v, mask in self.pieces]
+        return _Record(None if self.start is None else self.start.map(fn), pieces, self.again)
 
 
 class NearFarLayer(CacheLayerMixin):
@@ -17,42 +37,101 @@ class NearFarLayer(CacheLayerMixin):
 
     `seen` counts columns of the batch, padding included, because that is what transformers means by a cache's
     length; `memory.lengths` counts each row's real tokens.
+
+    Args:
+        limit: for a layer in the place of a preallocated one, that one's `max_cache_len`: the memory is then one for
+            graphs, whose tensors stay where they are, and `seen` a tensor. It does not bound this layer's length.
     """
 
     is_sliding = False
-    is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.memory: Memory | None = None
-        self.seen = 0
+        self.seen: int | Tensor = self._zero()
+        # Which of the latest columns are real tokens: (B, at most 2 W) bool, and how many real ones came after them.
+        self.marks: Tensor | None = None
+        self.since = 0
+        self.record_past = False
+        self.record: _Record | None = None
+        self.behind: CacheLayerMixin | None = None
+
+    def _zero(self) -> int | Tensor:
+        return 0 if self.limit is None else torch.tensor(0)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the tensors stay where they are and a step asks them nothing."""
+        return self.limit is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` puts the layer back as it was."""
+        recorded = self.record_past or self.memory is None or self.memory.undo is not None
+        return self.limit is None and recorded
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, mix_logit: Tensor | None, **options: Any
     ) -> Tensor:
         """Attention of the new tokens; the layer remembers them. Arguments as in `near_far_step`."""
-        if self.memory is None:
-            self.memory = Memory.empty(k, v, mixer, window=options["window"], sinks=options["sinks"])
+        memory, mask = self._ready(k, v, mixer, options), options.get("mask")
+        if self.record is not None and self.limit is None:
+            self.record.pieces.append((k.detach(), v.detach(), mask))
+            self.record.again = _Again(q.shape[1], mixer, options)
+        out, self.memory = near_far_step(q, k, v, memory, mixer, mix_logit, **options)
+        if isinstance(self.seen, Tensor):
+            self.seen.add_(k.shape[2])  # in place: a graph reads it where it was
+        else:
+            self.seen += k.shape[2]
+            self._mark(mask, k.shape[2], options["window"])
+        return out
+
+    def _ready(self, k: Tensor, v: Tensor, mixer: Mixer | None, options: dict[str, Any]) -> Memory:
+        """The memory, made where there is none, and fitting these keys and options."""
+        window, sinks, static = options["window"], options["sinks"], self.limit is not None
+        memory = self.memory
+        if memory is None:
+            memory = Memory.empty(k, v, mixer, window=window, sinks=sinks, static=static)
             self.dtype, self.device = k.dtype, k.device
             self.is_initialized = True
-        elif self.memory.lengths.shape[0] != k.shape[0]:
+            if isinstance(self.seen, Tensor):
+                self.seen = self.seen.to(k.device)
+                if not torch.compiler.is_compiling():
+                    _fix_addresses(memory, self.seen)
+            self.memory = memory
+            return memory
+        if memory.lengths.shape[0] != k.shape[0]:
             raise LinearizeError(
-                f"cache: it holds {self.memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
+                f"cache: it holds {memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
                 "reorder or repeat the cache first, or start a new one"
             )
-        if self.memory.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self.memory = self.memory.map(torch.clone)  # what inference mode has made could not be written to
-        held = self.memory.near_k.shape[2] // 2, self.memory.sinks, self.memory.state is not None
-        if held != (options["window"], options["sinks"], mixer is not None):
+        if not torch.compiler.is_compiling():
+            if memory.keys.is_inference() and not torch.is_inference_mode_enabled():
+                self.memory = memory = memory.map(torch.clone)  # what inference mode has made could not be written to
+            if not self.record_past:  # transformers clears the flag when it is done
+                self.record = None
+        held = memory.near_k.shape[2] // 2, memory.sinks, memory.state is not None
+        if held != (window, sinks, mixer is not None):
             raise LinearizeError(
                 f"cache: it was made with window {held[0]}, {held[1]} sinks and {'a' if held[2] else 'no'} state, "
                 "which are not this model's; start a new cache"
             )
-        out, self.memory = near_far_step(q, k, v, self.memory, mixer, mix_logit, **options)
-        self.seen += k.shape[2]
-        return out
+        return memory
+
+    def _mark(self, mask: Tensor | None, new: int, window: int) -> None:
+        if mask is None:
+            self.since += new
+            if self.since >= 2 * window:
+                self.marks = None
+            return
+        real = mask.bool()
+        if self.marks is not None:
+            real = torch.cat([self.marks, real.new_ones(real.shape[0], self.since), real], dim=1)
+        elif self.since:
+            real = torch.cat([real.new_ones(real.shape[0], min(self.since, 2 * window)), real], dim=1)
+        self.marks, self.since = real[:, -2 * window :], 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: `step` allocates when it knows the mixer."""
@@ -65,24 +144,45 @@ class NearFarLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """Columns seen so far, padding included."""
-        return self.seen
+        """Columns seen so far, padding included; a tensor in a layer for graphs, as of transformers' own."""
+        return self.seen  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) as for a layer that holds everything: kept softmax layers build their masks by it."""
+        if isinstance(self.seen, Tensor):
+            assert self.limit is not None
+            return self.limit, 0
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: no limit."""
         return -1
 
+    @property
+    def batch_size(self) -> int:
+        """Rows. transformers asks whether there is such an attribute: there is none before the first token."""
+        if self.memory is None:
+            raise AttributeError("batch_size")
+        return self.memory.lengths.shape[0]
+
     def _map(self, fn) -> None:
         if self.memory is not None:
             self.memory = self.memory.map(fn)
+        if self.marks is not None:
+            self.marks = fn(self.marks)
+        if self.record is not None:
+            self.record = self.record.map(fn)
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.memory, self.seen, self.is_initialized = None, 0, False
+        """Forget everything. A layer for graphs keeps its tensors, emptied."""
+        self.marks, self.since = None, 0
+        self.record = _Record(None) if self.record_past else None
+        if isinstance(self.seen, Tensor) and self.memory is not None:
+            self.memory.map(torch.Tensor.zero_)
+            self.memory.uniform = 0
+            self.seen.zero_()
+            return
+        self.memory, self.seen, self.is_initialized = None, self._zero(), False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
@@ -101,24 +201,117 @@ class NearFarLayer(CacheLayerMixin):
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Back to the layer's device."""
+        """Back to the layer's device; and the softmax layer behind, since an offloading cache fetches only the next
+        layer of those that it takes to be away, and this one never is."""
         self._map(lambda x: x.to(self.device, non_blocking=True))
+        if self.behind is not None:
+            self.behind.prefetch()
 
+    def activate_past_recording(self) -> None:
+        """From here on the layer can go back to where it is, however far it has come: transformers' protocol for
+        decoding with candidates. `crop` moves the point on, so call it after each batch of candidates."""
+        if self.limit is None:
+            self.record_past = True
+            self._restart_record()
+
+    def _restart_record(self) -> None:
+        self.record = _Record(None if self.memory is None else self.memory.map(torch.clone))
+
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Always an error for more than 0 tokens: what has been folded into the state cannot be taken out again."""
-        if tokens_to_remove:
+        """Take the newest columns out again, exactly: -n removes n.
+
+        Up to W at any time, or as many as came since `activate_past_recording` or the last `crop` after it. A
+        recurrent mixer's state and a layer for graphs keep nothing aside: the former needs the recording, the latter
+        cannot.
+
+        Raises:
+            LinearizeError: a positive number; more than that, or than there are. The layer is then unchanged.
+        """
+        if tokens_to_remove > 0:
             raise LinearizeError(
-                f"cache: cannot remove {abs(tokens_to_remove)} tokens, a converted layer cannot roll back; "
-                "copy the cache before the tokens that may be rejected, or use the original model"
+                f"cache: crop({tokens_to_remove}) would name a length to keep, which transformers has given up; give "
+                "the number of tokens to remove as a negative one"
             )
+        removed = -tokens_to_remove
+        if removed and self.memory is not None:
+            if self.limit is None and removed > self.seen:
+                raise LinearizeError(f"cache: cannot remove {removed} tokens, it holds {self.seen}; remove fewer")
+            window = self.memory.near_k.shape[2] // 2
+            if self.record is not None and (removed > window or self.memory.undo is None):
+                self._go_back(removed)
+            else:
+                remove_tokens(self.memory, self._real_among(removed), window)
+            self.seen -= removed
+            self._unmark(removed)
+        if self.record is not None:
+            self._restart_record()
+
+    def _go_back(self, removed: int) -> None:
+        """To where the record starts, and forward again without the newest columns."""
+        assert self.record is not None
+        record = self.record
+        kept = sum(k.shape[2] for k, _, _ in record.pieces) - removed
+        if kept < 0:
+            raise LinearizeError(
+                f"cache: cannot remove {removed} tokens, {kept + removed} came since the last crop; copy the cache "
+                "before the tokens that may be rejected"
+            )
+        memory = record.start
+        for k, v, mask in record.pieces:
+            if not kept:
+                break
+            part = slice(0, min(kept, k.shape[2]))
+            kept -= part.stop
+            memory = record.again(k[:, :, part], v[:, :, part], None if mask is None else mask[:, part], memory)
+        self.memory, self.is_initialized = memory, memory is not None
+
+    def _real_among(self, removed: int) -> Tensor:
+        """(B,): how many of the newest columns are real tokens, in each row."""
+        assert self.memory is not None
+        earlier = removed - self.since
+        if self.marks is None or earlier <= 0:
+            return torch.full_like(self.memory.lengths, removed)
+        before = max(earlier - self.marks.shape[1], 0)  # of these all are real
+        return self.marks[:, -earlier:].sum(1) + self.since + before
+
+    def _unmark(self, removed: int) -> None:
+        earlier = removed - self.since
+        self.since = max(-earlier, 0)
+        if self.marks is not None and earlier > 0:
+            self.marks = self.marks[:, : max(self.marks.shape[1] - earlier, 0)]
+
+
+@dataclass(frozen=True)
+class _Again:
+    """`near_far_step` for keys and values alone: what is attended is of no interest."""
+
+    heads: int
+    mixer: Mixer | None
+    options: dict[str, Any]
+
+    def __call__(self, k: Tensor, v: Tensor, mask: Tensor | None, memory: Memory | None) -> Memory:
+        options = self.options | {"mask": mask}
+        if memory is None:
+            memory = Memory.empty(k, v, self.mixer, window=options["window"], sinks=options["sinks"])
+        q = k.new_zeros(k.shape[0], self.heads, *k.shape[2:])
+        return near_far_step(q, k, v, memory, self.mixer, **options)[1]
+
+
+def _fix_addresses(memory: Memory, seen: Tensor) -> None:
+    """Tell torch.compile that these tensors are written in place and stay where they are."""
+    states = [x for state in (memory.state, memory.pending) if state is not None for x in state]
+    for x in (memory.keys, memory.values, memory.lengths, seen, *states):
+        torch._dynamo.mark_static_address(x)
 
 
 def install_layers(cache: Cache, layers: list[int]) -> None:
     """Give an empty cache its `NearFarLayer`s; a cache that has them is left alone.
 
     Raises:
-        LinearizeError: a cache that already holds another model's tokens, or whose softmax layers are static.
+        LinearizeError: a cache that already holds another model's tokens, or whose layers hold different numbers.
     """
+    made = False
     for index in layers:
         while len(cache.layers) <= index:
             if cache.layer_class_to_replicate is None:
@@ -132,14 +325,16 @@ def install_layers(cache: Cache, layers: list[int]) -> None:
                 f"cache: layer {index} holds {layer.get_seq_length()} tokens of a {type(layer).__name__}, made by the "
                 "original attention; start a new cache for the converted model"
             )
-        cache.layers[index] = NearFarLayer()
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, StaticLayer):
-            # transformers masks the unwritten slots of a static cache only where all its layers are static.
-            raise LinearizeError(
-                f"cache: layer {index} is a {type(layer).__name__}, which cannot stand beside converted layers; use a "
-                "DynamicCache (the default), or convert every layer"
-            )
+        limit = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+        cache.layers[index] = NearFarLayer(limit)
+        made = True
+    if made and getattr(cache, "offloading", False):
+        behind = None
+        for layer in reversed(cache.layers):
+            if isinstance(layer, NearFarLayer):
+                layer.behind = behind
+            else:
+                behind = layer
 
 
 def new_cache(config: Any, layers: list[int]) -> DynamicCache:
@@ -154,7 +349,7 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
 
     Returns:
         "softmax": keys and values of softmax layers; "window": near keys and values and sinks of converted layers;
-        "state": their states and normalisers; "total": the sum.
+        "state": their states and normalisers; both with what is kept to take tokens back by; "total": the sum.
     """
     counts = {"softmax": 0, "window": 0, "state": 0}
     for layer in cache.layers:

@@ -15,6 +15,7 @@ from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry, family_of, geometry_of, own_window
 from linearize.kernels.near_far.documents import Documents, lay_out_documents
+from linearize.modeling import NEW_TOKENS_MASK, ORIGINAL_MASK
 from linearize.projections import install, remove
 
 __all__ = [
@@ -272,8 +273,14 @@ class _BeforeDecoder:
         use_cache = model_config.use_cache if use_cache is None else use_cache
         new = use_cache and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
         attention = model_config._attn_implementation or ""
-        kwargs["near_far_mask"] = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
-        kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
+        mask = kwargs.get("attention_mask")
+        packed = mask is None  # as far as the original attention would look
+        if isinstance(mask, dict) and NEW_TOKENS_MASK in mask:
+            kwargs["attention_mask"], mask = _apart(mask)
+        kwargs["near_far_mask"] = _new_tokens_mask(mask, tokens.shape[1], cache)
+        kwargs["near_far_documents"] = None
+        if packed:
+            kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
         if not self.switch.converted:
             return (), kwargs
 
@@ -293,7 +300,13 @@ class _BeforeDecoder:
         return (), kwargs
 
 
-def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
+def _apart(masks: dict[str, Any]) -> tuple[Any, Any]:
+    """(what the original's layers take, the new tokens' mask) of masks made by `create_masks_for_generate`."""
+    rest = {name: mask for name, mask in masks.items() if name != NEW_TOKENS_MASK}
+    return rest.get(ORIGINAL_MASK, rest or None), masks[NEW_TOKENS_MASK]
+
+
+def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
     """(B, T) bool for the T new tokens of this call, or None where all are real (not asked while torch.compile traces,
     where the answer would be part of the graph)."""
     if mask is None:
@@ -307,12 +320,23 @@ def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
         raise LinearizeError(
             f"attention_mask: it covers {mask.shape[1]} tokens but {new} are given; make it cover all, past and new"
         )
-    recent = mask[:, mask.shape[1] - new :].bool()
+    if mask.shape[1] > new and cache is not None and cache.is_compileable and mask.shape[1] == _capacity(cache):
+        # One column for every slot of a preallocated cache, those to come included.
+        first = torch.as_tensor(cache.get_seq_length(), device=mask.device)
+        recent = mask.index_select(1, first + torch.arange(new, device=mask.device)).bool()
+    else:
+        recent = mask[:, mask.shape[1] - new :].bool()
     return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
 
 
+def _capacity(cache: Any) -> int | None:
+    """Columns of a preallocated cache."""
+    limits = (getattr(layer, "limit", None) or getattr(layer, "max_cache_len", None) for layer in cache.layers)
+    return next((limit for limit in limits if limit is not None), None)
+
+
 def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: str, caching: bool) -> Documents | None:
-    """Where the documents of packed rows lie, or None where a row is one text.
+    """Where the documents of packed rows without a mask lie, or None where a row is one text.
 
     What counts as packed is what the original attention takes for it: no mask, no past, and positions that do not go
     up by 1 from one token to the next. The device is asked, once a forward pass, and only where positions are given.
@@ -320,9 +344,8 @@ def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: s
     position_ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
     if (
         position_ids is None
-        or kwargs.get("attention_mask") is not None
-        or (cache is not None and cache.get_seq_length())
         or position_ids.shape[-1] < 2
+        or (cache is not None and cache.get_seq_length())
         or not bool((position_ids.diff(dim=-1) != 1).any())
     ):
         return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
@@ -25,6 +26,8 @@ __all__ = ["MODEL_TYPE", "config_class", "model_class", "register"]
 
 MODEL_TYPE = "linearize"
 CONFIG_KEY = "linearize"
+# Keys of masks that are made ahead of a step.
+NEW_TOKENS_MASK, ORIGINAL_MASK = "near_far", "original"
 FORMAT_VERSION = 1
 _PREFIX = "Linearized"
 
@@ -57,6 +60,22 @@ class LinearizedModelMixin(_ModelBase):
 
         super().__init__(config, *args, **kwargs)
         apply_conversion(self, LinearizeConfig.from_dict(getattr(config, CONFIG_KEY)))
+
+    def create_masks_for_generate(self, *, attention_mask: Any = None, **given: Any) -> Any:
+        """The masks that `generate` makes before the graph of a step: transformers' for softmax layers, and which of
+        the new tokens are real for converted ones, which the hook before the decoder takes apart."""
+        from linearize.convert import converted_layers, switch_of
+
+        made: Any = {}
+        converted = converted_layers(self)
+        on = bool(converted) and switch_of(self).converted
+        if not on or len(converted) < self.config.num_hidden_layers:
+            parent = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+            made = parent(attention_mask=attention_mask, **given)
+        if not on:
+            return made
+        new = None if attention_mask is None else attention_mask[:, -given["inputs_embeds"].shape[1] :]
+        return {**(made if isinstance(made, dict) else {ORIGINAL_MASK: made}), NEW_TOKENS_MASK: new}
 
     def initialize_weights(self) -> None:
         """Also what conversion added, where a checkpoint did not hold it; transformers marks the weights it loaded."""
