@@ -77,6 +77,19 @@ class LinearizedModelMixin(_ModelBase):
         new = None if attention_mask is None else attention_mask[:, -given["inputs_embeds"].shape[1] :]
         return {**(made if isinstance(made, dict) else {ORIGINAL_MASK: made}), NEW_TOKENS_MASK: new}
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
+        """The cache gets its layers at once, so that assisted decoding finds who is to record the past."""
+        from linearize.cache import install_layers
+        from linearize.convert import converted_layers, switch_of
+
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache, converted = model_kwargs.get("past_key_values"), converted_layers(self)
+        if cache is not None and converted and switch_of(self).converted:
+            install_layers(cache, list(converted))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        return prepared
+
     def initialize_weights(self) -> None:
         """Also what conversion added, where a checkpoint did not hold it; transformers marks the weights it loaded."""
         from linearize.convert import converted_layers

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from linearize import LinearizeConfig, LinearizeError, cache_bytes, convert, original_attention, state_off
 from linearize.cache import NearFarLayer, new_cache
@@ -328,11 +328,6 @@ class TestGenerate:
         assert torch.equal(generate(student, tokens, past_key_values=cache), generate(student, tokens))
         assert [type(layer) is NearFarLayer for layer in cache.layers] == [True, kept == "none", True]
 
-    def test_static_cache_where_all_is_converted(self):
-        """Its layers have nothing to hold, so it works like any other."""
-        student, tokens = make_student("llama", "normalizer"), make_tokens(2, 19)
-        assert torch.equal(generate(student, tokens, cache_implementation="static"), generate(student, tokens))
-
     def test_half_precision(self):
         for dtype in (torch.bfloat16, torch.float16):
             out = generate(make_student("llama", "normalizer", dtype), make_tokens(2, 19))
@@ -382,41 +377,12 @@ class TestBadInputs:
             "cache: it has 2 layers but the model needs layer 2"
         )
 
-    @pytest.mark.parametrize("kept", [0, 1])
-    def test_static_cache_beside_softmax_layers(self, kept):
-        student, tokens = make_student("llama", "gate", softmax_layers=[kept]), make_tokens(2, 9)
-        expected = (
-            f"cache: layer {kept} is a StaticLayer, which cannot stand beside converted layers; use a DynamicCache "
-            "(the default), or convert every layer"
-        )
-        assert self.message(lambda: generate(student, tokens, cache_implementation="static")) == expected
-        cache = StaticCache(config=student.config, max_cache_len=64)
-        assert self.message(lambda: student(tokens, past_key_values=cache)) == expected
-
     def test_other_number_of_rows(self):
         student = make_student("llama", "gate")
         _, cache = in_pieces(student, [9], make_tokens(2, 9))
         assert self.message(lambda: student(make_tokens(3, 1), past_key_values=cache)) == (
             "cache: it holds 2 rows but the batch has 3; reorder or repeat the cache first, or start a new one"
         )
-
-    def test_crop(self):
-        _, cache = in_pieces(make_student("llama", "gate"), [9], make_tokens(2, 9))
-        cache.crop(0)
-        assert cache.get_seq_length() == 9
-        assert self.message(lambda: cache.crop(-3)) == (
-            "cache: cannot remove 3 tokens, a converted layer cannot roll back; copy the cache before the tokens that "
-            "may be rejected, or use the original model"
-        )
-        assert not cache.is_croppable
-
-    def test_assisted_generation(self):
-        """Rejected tokens would have to be taken back."""
-        student, tokens = make_student("llama", "gate"), make_tokens(1, 19)
-        for options in ({"assistant_model": make_model("llama")}, {"prompt_lookup_num_tokens": 3}):
-            assert "a converted layer cannot roll back" in self.message(
-                lambda o=options: generate(student, tokens, **o)
-            )
 
     def test_cache_of_the_student_in_the_original(self):
         student = make_student("llama", "gate")
