@@ -55,10 +55,11 @@ def extend(cache: Any, tokens: int, seed: int = 0) -> None:
     drawn: dict[tuple[int, torch.device], torch.Tensor] = {}
     for layer in cache.layers:
         if _remembers(layer):
-            if layer.memory.uniform is None:
+            memory = layer.memory
+            if memory.uniform is None and not memory.static:
                 raise ValueError("cache: its rows have lengths of their own; fill one that was written without padding")
-            layer.memory.uniform += tokens
-            layer.memory.lengths.add_(tokens)
+            memory.uniform = None if memory.uniform is None else memory.uniform + tokens
+            memory.lengths.add_(tokens)
             layer.seen += tokens
             continue
         # A sliding layer holds the last tokens only; a preallocated one more slots than tokens.

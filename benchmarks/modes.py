@@ -3,8 +3,6 @@
     dynamic          the cache that the model makes itself: DynamicCache, with the layers of a converted model
     static           transformers' StaticCache, allocated once at its full length
     static+compile   the same, and the whole step is one graph of torch.compile
-    compile          the cache that the model makes itself, and the step compiled; its layers have to say
-                     `is_compileable`
     dynamic+projections, static+projections
                      an original with the projections that a converted model has on a CPU where they are the faster
                      ones (`linearize.projections`): what is faster in the student by these is not to be had from
@@ -22,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.cache import install_layers, new_cache
+from linearize.cache import install_layers
 from linearize.convert import converted_layers, is_converted, switch_of
-from linearize.errors import LinearizeError
 from linearize.projections import apply_to, obstacle
 
 __all__ = [
@@ -53,12 +50,9 @@ class Mode:
 DYNAMIC = Mode("dynamic")
 STATIC = Mode("static", static=True)
 STATIC_COMPILE = Mode("static+compile", static=True, compiled=True)
-COMPILE = Mode("compile", compiled=True)
 DYNAMIC_PROJECTIONS = Mode("dynamic+projections", projections=True)
 STATIC_PROJECTIONS = Mode("static+projections", static=True, projections=True)
-MODES = {
-    mode.name: mode for mode in (DYNAMIC, STATIC, STATIC_COMPILE, COMPILE, DYNAMIC_PROJECTIONS, STATIC_PROJECTIONS)
-}
+MODES = {mode.name: mode for mode in (DYNAMIC, STATIC, STATIC_COMPILE, DYNAMIC_PROJECTIONS, STATIC_PROJECTIONS)}
 
 
 def modes_of(model: Any) -> tuple[Mode, ...]:
@@ -67,29 +61,16 @@ def modes_of(model: Any) -> tuple[Mode, ...]:
     Args:
         model: a causal language model of transformers, converted or not.
     """
-    layers = _converted(model)
-    helped = not is_converted(model) and apply_to(model.device, model.dtype)
-    modes = [DYNAMIC, DYNAMIC_PROJECTIONS] if helped else [DYNAMIC]
-    if new_cache(model.config, layers).is_compileable:
-        modes.append(COMPILE)
-    # Where every layer is converted nothing is left to preallocate: such a cache never grows.
-    if len(layers) < model.config.num_hidden_layers:
-        try:
-            cache = preallocated(model, 1)
-        except LinearizeError:  # what stays softmax cannot be static beside converted layers
-            return tuple(modes)
-        modes += [STATIC, STATIC_PROJECTIONS] if helped else [STATIC]
-        if cache.is_compileable:
-            modes.append(STATIC_COMPILE)
+    modes = [DYNAMIC, STATIC]
+    if not is_converted(model) and apply_to(model.device, model.dtype):
+        modes += [DYNAMIC_PROJECTIONS, STATIC_PROJECTIONS]
+    if preallocated(model, 1).is_compileable:
+        modes.append(STATIC_COMPILE)
     return tuple(modes)
 
 
 def preallocated(model: Any, capacity: int) -> Any:
-    """A StaticCache for `capacity` tokens, with the layers of a converted model.
-
-    Raises:
-        LinearizeError: the model's softmax layers cannot be static beside its converted ones.
-    """
+    """A StaticCache for `capacity` tokens, with the layers of a converted model."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=capacity)

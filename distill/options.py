@@ -338,10 +338,7 @@ class BenchOptions(Record):
     decode_tokens: int = option(16, least=1)
     repeats: int = option(5, least=1)
     modes: (
-        tuple[
-            Literal["dynamic", "static", "static+compile", "compile", "dynamic+projections", "static+projections"], ...
-        ]
-        | None
+        tuple[Literal["dynamic", "static", "static+compile", "dynamic+projections", "static+projections"], ...] | None
     ) = None
     fill: int | None = option(8192, least=1)
     prefill: tuple[int, ...] = option((), least=1)

@@ -102,11 +102,6 @@ class NearFarLayer(CacheLayerMixin):
                     _fix_addresses(memory, self.seen)
             self.memory = memory
             return memory
-        if memory.lengths.shape[0] != k.shape[0]:
-            raise LinearizeError(
-                f"cache: it holds {memory.lengths.shape[0]} rows but the batch has {k.shape[0]}; "
-                "reorder or repeat the cache first, or start a new one"
-            )
         if not torch.compiler.is_compiling():
             if memory.keys.is_inference() and not torch.is_inference_mode_enabled():
                 self.memory = memory = memory.map(torch.clone)  # what inference mode has made could not be written to
@@ -305,11 +300,14 @@ def _fix_addresses(memory: Memory, seen: Tensor) -> None:
         torch._dynamo.mark_static_address(x)
 
 
-def install_layers(cache: Cache, layers: list[int]) -> None:
-    """Give an empty cache its `NearFarLayer`s; a cache that has them is left alone.
+def install_layers(cache: Cache, layers: list[int], rows: int | None = None) -> None:
+    """Give an empty cache its `NearFarLayer`s; a cache that has them is checked, and left alone.
+
+    rows: of the batch that comes next, where it is known.
 
     Raises:
-        LinearizeError: a cache that already holds another model's tokens, or whose layers hold different numbers.
+        LinearizeError: a cache that holds another model's tokens or other rows, or whose layers do not hold the same
+            number of tokens.
     """
     made = False
     for index in layers:
@@ -328,13 +326,39 @@ def install_layers(cache: Cache, layers: list[int]) -> None:
         limit = layer.max_cache_len if isinstance(layer, StaticLayer) else None
         cache.layers[index] = NearFarLayer(limit)
         made = True
-    if made and getattr(cache, "offloading", False):
+    if not made:
+        _check_tokens(cache, layers[0], rows)
+    elif getattr(cache, "offloading", False):
         behind = None
         for layer in reversed(cache.layers):
             if isinstance(layer, NearFarLayer):
                 layer.behind = behind
             else:
                 behind = layer
+
+
+def _check_tokens(cache: Cache, index: int, rows: int | None) -> None:
+    layer = cache.layers[index]
+    assert isinstance(layer, NearFarLayer)
+    if layer.memory is None:
+        return
+    held = layer.memory.lengths.shape[0]
+    if rows is not None and held != rows:
+        raise LinearizeError(
+            f"cache: it holds {held} rows but the batch has {rows}; reorder or repeat the cache first, or start a new "
+            "one"
+        )
+    if layer.limit is not None:
+        return
+    for other, kept in enumerate(cache.layers):
+        if not isinstance(kept, NearFarLayer):
+            if kept.get_seq_length() != layer.seen:
+                # Cache.crop goes from layer to layer, so one that refuses leaves those before it cropped.
+                raise LinearizeError(
+                    f"cache: layer {other} holds {kept.get_seq_length()} tokens and layer {index} {layer.seen}, as a "
+                    "refused crop leaves them; start a new cache"
+                )
+            return
 
 
 def new_cache(config: Any, layers: list[int]) -> DynamicCache:

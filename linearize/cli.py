@@ -367,7 +367,7 @@ def bench_decode(
     modes: Annotated[
         str | None,
         typer.Option(
-            help="Among dynamic, static, static+compile, compile, dynamic+projections, static+projections; all that "
+            help="Among dynamic, static, static+compile, dynamic+projections, static+projections; all that "
             "this machine has, with minutes of compiling, if left out."
         ),
     ] = None,

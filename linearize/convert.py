@@ -265,9 +265,9 @@ class _BeforeDecoder:
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        if not self.switch.converted and self.switch.observer is None:
-            return (), kwargs
+        tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if tokens is None or (not self.switch.converted and self.switch.observer is None):
+            return (), kwargs  # transformers has an error of its own for no tokens at all
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         model_config = cast(Any, decoder.config)
         use_cache = model_config.use_cache if use_cache is None else use_cache
@@ -278,6 +278,8 @@ class _BeforeDecoder:
         if isinstance(mask, dict) and NEW_TOKENS_MASK in mask:
             kwargs["attention_mask"], mask = _apart(mask)
         kwargs["near_far_mask"] = _new_tokens_mask(mask, tokens.shape[1], cache)
+        if packed is False and kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor):
+            kwargs["position_ids"] = _positions(mask, tokens.shape[1], cache)
         kwargs["near_far_documents"] = None
         if packed:
             kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
@@ -290,7 +292,7 @@ class _BeforeDecoder:
                 "inside linearize.original_attention(model)"
             )
         if cache is not None:
-            install_layers(cache, self.layers)
+            install_layers(cache, self.layers, tokens.shape[0])
         elif new:
             kwargs["past_key_values"] = new_cache(decoder.config, self.layers)
         if self.all_converted:
@@ -308,7 +310,11 @@ def _apart(masks: dict[str, Any]) -> tuple[Any, Any]:
 
 def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
     """(B, T) bool for the T new tokens of this call, or None where all are real (not asked while torch.compile traces,
-    where the answer would be part of the graph)."""
+    where the answer would be part of the graph).
+
+    A mask has a column for every token, past and new, and may have more for those to come; one of fewer columns is of
+    the newest tokens.
+    """
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -320,19 +326,27 @@ def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
         raise LinearizeError(
             f"attention_mask: it covers {mask.shape[1]} tokens but {new} are given; make it cover all, past and new"
         )
-    if mask.shape[1] > new and cache is not None and cache.is_compileable and mask.shape[1] == _capacity(cache):
-        # One column for every slot of a preallocated cache, those to come included.
-        first = torch.as_tensor(cache.get_seq_length(), device=mask.device)
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, torch.Tensor):
+        first = past.to(mask.device).clamp_max(mask.shape[1] - new)
         recent = mask.index_select(1, first + torch.arange(new, device=mask.device)).bool()
     else:
-        recent = mask[:, mask.shape[1] - new :].bool()
+        first = min(past, mask.shape[1] - new)
+        recent = mask[:, first : first + new].bool()
     return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
 
 
-def _capacity(cache: Any) -> int | None:
-    """Columns of a preallocated cache."""
-    limits = (getattr(layer, "limit", None) or getattr(layer, "max_cache_len", None) for layer in cache.layers)
-    return next((limit for limit in limits if limit is not None), None)
+def _positions(mask: torch.Tensor, new: int, cache: Any) -> torch.Tensor | None:
+    """(B, T) positions of the T new tokens, counted in real tokens of their row; None where the mask is not of all
+    tokens.
+
+    The original does not care which token has position 0, as rotary attention sees differences only. Features and
+    mixes see positions themselves.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, torch.Tensor) or mask.shape[1] < past + new:
+        return None
+    return (mask[:, : past + new].long().cumsum(-1) - 1).clamp_min(0)[:, past:]
 
 
 def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: str, caching: bool) -> Documents | None:

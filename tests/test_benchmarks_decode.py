@@ -152,10 +152,10 @@ class TestModes:
         with pytest.raises(LinearizeError, match="add one of dynamic, static, static"):
             decode.bench_decode(rows, [20], TOKENS, **sizes, modes=PROJECTIONS)
 
-    def test_a_student_whose_cache_compiles_is_compiled(self, monkeypatch):
-        monkeypatch.setattr("linearize.cache.NearFarLayer.is_compileable", True)
-        assert [mode.name for mode in modes_of(make_student())] == ["dynamic", "compile"]
-        assert [mode.name for mode in modes_of(make_student(softmax_layers=[0]))] == ["dynamic"]
+    @pytest.mark.parametrize("kept", ["none", [0]], ids=str)
+    def test_a_student_has_the_modes_of_an_original(self, kept):
+        student = make_student(softmax_layers=kept)
+        assert [mode.name for mode in modes_of(student)] == ["dynamic", "static", "static+compile"]
 
     @pytest.mark.parametrize("mode", ["dynamic", "static", "static+compile", *PROJECTIONS])
     def test_measure_decodes_what_generation_does(self, mode, traced):
@@ -187,14 +187,15 @@ class TestModes:
         ]
         assert min(first) > 10
 
-    def test_recompiling_is_counted(self, traced, monkeypatch):
-        """A student's step compiles at every token, because its memory counts on the host; it does not claim to be
-        compileable."""
-        student = make_student(layers=1)
+    def test_recompiling_is_counted(self, traced):
+        """A memory that counts on the host compiles at every token; no mode of a student has one in a graph."""
+        student, mode = make_student(layers=1), modes.Mode("dynamic, compiled", compiled=True)
         with torch.no_grad():
-            sample = measurement.measure(student, measurement.Run(MODES["compile"], make_tokens(1, 20), 0, 64, 2))
+            sample = measurement.measure(student, measurement.Run(mode, make_tokens(1, 20), 0, 64, 2))
+            static = measurement.measure(student, measurement.Run(MODES["static+compile"], make_tokens(1, 20), 0, 64, 2))
         assert sample.recompiles >= 2
-        (cell,) = describe_cells({Cell("student", "compile", 20): [sample, sample]}, {"student": 1})
+        assert static.recompiles == 0
+        (cell,) = describe_cells({Cell("student", mode.name, 20): [sample, sample]}, {"student": 1})
         assert cell["recompiles"] == 2 * sample.recompiles
 
     def test_a_missing_compiler_is_a_reason(self, monkeypatch):
@@ -206,8 +207,11 @@ class TestModes:
         result = decode.bench_decode(speed_rows(make_student()), [20], TOKENS, decode_tokens=1, repeats=1)
         modes.compile_obstacle.cache_clear()
         reason = "torch.compile does not work on this machine: No working C++ compiler found"
-        assert result["skipped"] == [{"row": "original", "mode": "static+compile", "reason": reason}]
+        assert result["skipped"] == [
+            {"row": row, "mode": "static+compile", "reason": reason} for row in ("original", "student")
+        ]
         assert sorted(result["modes"]["original"]) == sorted(["dynamic", "static", *PROJECTIONS])
+        assert result["modes"]["student"] == ["dynamic", "static"]
 
     def test_a_model_that_does_not_compile_is_left_out_everywhere(self, monkeypatch):
         failing = {"after": 2}
@@ -540,7 +544,7 @@ class TestNumbers:
     )
     def test_crossover_of_best_modes(self, student, kind, context):
         slow = {place: [100 * ms for ms in times] for place, times in student.items()}
-        times = {**self.ORIGINAL, ("student", "dynamic"): student, ("student", "compile"): slow}
+        times = {**self.ORIGINAL, ("student", "dynamic"): student, ("student", "static+compile"): slow}
         never = {**self.ORIGINAL, ("student", "dynamic"): {50: [9, 9], 100: [9, 9], 300: [9, 9]}}
         never["original", "dynamic"] = never["original", "dynamic"] | {50: [1, 1]}
         found = crossover(make_samples(times, batch=2) | make_samples(never), "original", "student", 2)
@@ -551,12 +555,12 @@ class TestNumbers:
         times = {
             **self.ORIGINAL,
             ("student", "dynamic"): {100: [4, 4], 300: [2, 2.5]},
-            ("student", "compile"): {100: [8, 8], 300: [1, 2.5]},
+            ("student", "static+compile"): {100: [8, 8], 300: [1, 2.5]},
         }
         short, long = comparisons(make_samples(times), "original")
         assert (short["mode"], short["baseline_mode"], short["verdict"]) == ("dynamic", "dynamic", "slower")
         assert short["speedup"] == {"p50": 0.5, "min": 0.5, "max": 0.5, "ci95": [pytest.approx(0.5)] * 2}
-        assert (long["mode"], long["baseline_mode"]) == ("compile", "static")
+        assert (long["mode"], long["baseline_mode"]) == ("static+compile", "static")
         assert long["speedup"]["p50"] == 3.5
         assert long["verdict"] == "undecided"  # two repeats, and 5 and 2 times as fast
 

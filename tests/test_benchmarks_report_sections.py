@@ -298,7 +298,7 @@ class TestSpeed:
     def test_noise_is_told(self, bench):
         bench["blocks"][0]["moved"] = True
         bench["blocks"][1]["attempts"] = 2
-        bench["skipped"] = [{"row": "student", "mode": "compile", "reason": "it cannot"}]
+        bench["skipped"] = [{"row": "student", "mode": "static+compile", "reason": "it cannot"}]
         bench["dropped"] = [{"what": "prefill", "context": 9999, "batch": 1, "reason": "too long"}]
         found = read(provenance_section(None, bench, None))
         assert "moved during 1 of 10 blocks; 1 were measured twice" in found.text
