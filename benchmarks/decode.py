@@ -78,8 +78,8 @@ from linearize.benchmarks.measurement import WARMUP, OutOfMemory, Run, measure, 
 from linearize.benchmarks.modes import (
     MODES,
     Mode,
-    compile_obstacle,
     first_line,
+    mode_obstacle,
 )
 from linearize.benchmarks.probe import Probe, probe
 from linearize.benchmarks.roofline import bandwidth, measured_roof, step_seconds
@@ -290,14 +290,14 @@ def _choose_modes(
             reason = None
             if asked is not None and mode.name not in asked:
                 reason = "it was not asked for"
-            elif mode.compiled:
-                reason = compile_obstacle(found.device)
+            else:
+                reason = mode_obstacle(mode, found.device)
             if reason is None:
                 chosen[row].append(mode)
             else:
                 skipped.append({"row": row, "mode": mode.name, "reason": reason})
         if not chosen[row]:
-            names = ", ".join(mode.name for mode in found.modes)
+            names = ", ".join(mode.name for mode in found.modes if mode.name not in (asked or ()))
             raise LinearizeError(
                 f"modes: row {row!r} cannot be measured in {', '.join(asked or ())}; add one of {names}"
             )

@@ -6,8 +6,9 @@
     compile          the cache that the model makes itself, and the step compiled; its layers have to say
                      `is_compileable`
     dynamic+projections, static+projections
-                     an original with the projections that a converted model has on a CPU (`linearize.projections`):
-                     what is faster in the student by these is not to be had from its attention
+                     an original with the projections that a converted model has on a CPU where they are the faster
+                     ones (`linearize.projections`): what is faster in the student by these is not to be had from
+                     its attention
 
 A compiled step is the function that transformers' `generate` compiles, called as it calls it: the prefill runs without,
 every shape has a graph of its own (`dynamic=False`), and on a GPU the graph is a CUDA graph (mode "reduce-overhead").
@@ -24,7 +25,7 @@ from torch import Tensor
 from linearize.cache import install_layers, new_cache
 from linearize.convert import converted_layers, is_converted, switch_of
 from linearize.errors import LinearizeError
-from linearize.projections import help_with
+from linearize.projections import apply_to, obstacle
 
 __all__ = [
     "MODES",
@@ -33,6 +34,7 @@ __all__ = [
     "compile_obstacle",
     "compiled_call",
     "cuda_graphs_skipped",
+    "mode_obstacle",
     "modes_of",
     "preallocated",
 ]
@@ -66,7 +68,7 @@ def modes_of(model: Any) -> tuple[Mode, ...]:
         model: a causal language model of transformers, converted or not.
     """
     layers = _converted(model)
-    helped = not is_converted(model) and help_with(model.device, model.dtype)
+    helped = not is_converted(model) and apply_to(model.device, model.dtype)
     modes = [DYNAMIC, DYNAMIC_PROJECTIONS] if helped else [DYNAMIC]
     if new_cache(model.config, layers).is_compileable:
         modes.append(COMPILE)
@@ -111,6 +113,13 @@ def compiled_call(model: Any, device: torch.device) -> Callable[..., Any]:
     from transformers import CompileConfig
 
     return model.get_compiled_call(CompileConfig(**compile_options(device)))
+
+
+def mode_obstacle(mode: Mode, device: torch.device) -> str | None:
+    """Why a mode that a model has cannot be measured on this machine, or would change nothing here; or None."""
+    if mode.projections:
+        return obstacle()
+    return compile_obstacle(device) if mode.compiled else None
 
 
 @lru_cache

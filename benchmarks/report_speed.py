@@ -34,11 +34,12 @@ def speed_section(result: dict[str, Any]) -> Section:
         page.paragraph(
             "Rows take turns within each repeat. Each is measured in every mode that it has: under a growing cache "
             "(dynamic), a preallocated one (static), with its step compiled, the original also with the converted "
-            "model’s way of computing projections on a CPU (projections). At each context and batch the best mode of "
-            "the original is compared with the best of each other row. Speed-up is the original’s time over the row’s: "
-            "above 1 the row is faster. It is marked where its 95 % interval leaves out 1; a prefill where the ranges "
-            "of at least 4 repeats do not overlap. Median steps do not show what a converted layer does once in W "
-            "tokens; the mean, in the file, does. Contexts marked ° were filled in but for their first part, not read.",
+            "model’s way of computing projections on a CPU (projections), where that changes something. At each "
+            "context and batch the best mode of the original is compared with the best of each other row. Speed-up is "
+            "the original’s time over the row’s: above 1 the row is faster. It is marked where its 95 % interval "
+            "leaves out 1; a prefill where the ranges of at least 4 repeats do not overlap. Median steps do not show "
+            "what a converted layer does once in W tokens; the mean, in the file, does. Contexts marked ° were filled "
+            "in but for their first part, not read.",
             "small",
         ),
     )

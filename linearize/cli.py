@@ -367,8 +367,8 @@ def bench_decode(
     modes: Annotated[
         str | None,
         typer.Option(
-            help="Among dynamic, static, static+compile, compile, dynamic+projections, static+projections; all, with "
-            "minutes of compiling, if left out."
+            help="Among dynamic, static, static+compile, compile, dynamic+projections, static+projections; all that "
+            "this machine has, with minutes of compiling, if left out."
         ),
     ] = None,
     fill: Annotated[

@@ -34,7 +34,7 @@ from tests.tiny_models import make_model, make_tokens
 TOKENS = torch.arange(100)
 EAGER = ["dynamic", "static"]
 # What an original in float32 has besides, on a CPU.
-PROJECTIONS = ["dynamic+projections", "static+projections"] if torch.backends.mkl.is_available() else []
+PROJECTIONS = ["dynamic+projections", "static+projections"]
 CPU = torch.device("cpu")
 
 
@@ -116,7 +116,7 @@ def test_converted_model_from_end_to_end():
 class TestModes:
     def test_a_model_has_what_its_caches_can(self):
         original, student, hybrid = make_model("llama"), make_student(), make_student(softmax_layers=[0])
-        own = ["dynamic", *PROJECTIONS[:1], "static", *PROJECTIONS[1:], "static+compile"]
+        own = ["dynamic", PROJECTIONS[0], "static", PROJECTIONS[1], "static+compile"]
         assert [mode.name for mode in modes_of(original)] == own
         assert [mode.name for mode in modes_of(make_model("llama").bfloat16())] == [
             "dynamic",
@@ -136,10 +136,21 @@ class TestModes:
         for mode in ("dynamic", "static"):
             measurement.measure(model, measurement.Run(MODES[mode], make_tokens(1, 30), 0, 64, 2))
         assert seen.count(1) == 0
-        if PROJECTIONS:
+        if torch.backends.mkl.is_available():
             measurement.measure(model, measurement.Run(MODES["static+projections"], make_tokens(1, 30), 0, 64, 2))
             assert seen.count(1) > 0
         assert not any("forward" in module.__dict__ for module in model.modules())
+
+    def test_projections_that_would_change_nothing_are_left_out_with_the_reason(self, monkeypatch):
+        monkeypatch.setattr("linearize.projections.product_ms", lambda threads: (1.0, 2.0))
+        rows = speed_rows(make_student(layers=1))
+        sizes = {"decode_tokens": 1, "repeats": 1}
+        result = decode.bench_decode(rows, [20], TOKENS, **sizes, modes=["dynamic", "dynamic+projections"])
+        assert result["modes"]["original"] == ["dynamic"]
+        skipped = {cell["mode"]: cell["reason"] for cell in result["skipped"] if cell["row"] == "original"}
+        assert "by slices is not clearly faster on this CPU: 2.00 ms" in skipped["dynamic+projections"]
+        with pytest.raises(LinearizeError, match="add one of dynamic, static, static"):
+            decode.bench_decode(rows, [20], TOKENS, **sizes, modes=PROJECTIONS)
 
     def test_a_student_whose_cache_compiles_is_compiled(self, monkeypatch):
         monkeypatch.setattr("linearize.cache.NearFarLayer.is_compileable", True)
@@ -210,7 +221,7 @@ class TestModes:
 
             return call
 
-        monkeypatch.setattr(decode, "compile_obstacle", lambda device: None)
+        monkeypatch.setattr(modes, "compile_obstacle", lambda device: None)
         monkeypatch.setattr(measurement, "compiled_call", step)
         result = decode.bench_decode(speed_rows(make_student()), [20, 30], TOKENS, decode_tokens=2, repeats=2)
         assert {cell["mode"] for cell in result["cells"]} == {"dynamic", "static", *PROJECTIONS}
@@ -420,7 +431,7 @@ class TestLimits:
             fake.now += 100 if compiles else 0
             return replace(measure(model, run), first_ms=1e5 if compiles else 1.0)
 
-        monkeypatch.setattr(decode, "compile_obstacle", lambda device: None)
+        monkeypatch.setattr(modes, "compile_obstacle", lambda device: None)
         monkeypatch.setattr(decode, "measure", slow)
         result = bench(fake, ["original"], [10], repeats=3, decode_tokens=1, max_minutes=2.5)
         assert {cell["repeats"] for cell in result["cells"]} == {3}

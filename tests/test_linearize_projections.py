@@ -2,14 +2,15 @@
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from linearize import convert, revert
+from linearize import convert, projections, revert
 from linearize.config import LinearizeConfig
-from linearize.projections import MOST_ROWS, FewRows, install, remove
+from linearize.projections import CLEARLY, MOST_ROWS, FewRows, fast_projections, install, obstacle, remove
 from tests.tiny_models import make_model, make_student
 from tests.tolerance import assert_near
 
@@ -96,6 +97,57 @@ def test_copies_and_pickles_have_their_own_weights(products):
             assert not other(x).any()
             assert model(x).any()
     assert len(products) == 4
+
+
+TIMED_PRODUCTS = projections.product_ms  # before conftest.py answers for it
+
+
+@pytest.mark.parametrize("slow", ["bmm", "linear"])
+def test_the_faster_product_is_taken(monkeypatch, slow):
+    """By timing both for real, one of them made slow."""
+    owner = torch if slow == "bmm" else nn.functional
+    plain = getattr(owner, slow)
+    monkeypatch.setattr(owner, slow, lambda *args: (time.sleep(0.001), plain(*args))[1])
+    TIMED_PRODUCTS.cache_clear()
+    monkeypatch.setattr(projections, "product_ms", TIMED_PRODUCTS)
+    before = torch.get_rng_state()
+    assert (obstacle() is None) == (slow == "linear")
+    assert (torch.get_rng_state() == before).all()  # weights made after it are what they were without it
+    monkeypatch.setattr(owner, slow, plain)
+    assert (obstacle() is None) == (slow == "linear")  # asked once a process
+    TIMED_PRODUCTS.cache_clear()
+
+
+def test_products_are_timed_in_float32_on_the_cpu_whatever_surrounds_it(monkeypatch):
+    plain, made = nn.functional.linear, []
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: (made.append(plain(*args)), made[-1])[1])
+    TIMED_PRODUCTS.cache_clear()
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        TIMED_PRODUCTS(torch.get_num_threads())
+    TIMED_PRODUCTS.cache_clear()
+    assert {(x.device.type, x.dtype) for x in made} == {("cpu", torch.float32)}
+
+
+@pytest.mark.parametrize(("linear", "slices", "taken"), [(3.0, 2.0, True), (CLEARLY, 1.0, False), (1.0, 2.0, False)])
+def test_slices_have_to_be_clearly_faster(monkeypatch, products, linear, slices, taken):
+    monkeypatch.setattr(projections, "product_ms", lambda threads: (linear, slices))
+    model = make_model("llama")
+    with fast_projections(model), torch.no_grad():
+        assert any("forward" in x.__dict__ for x in model.modules()) == taken
+    convert(model, LinearizeConfig(window=8, sinks=2))
+    assert any(isinstance(x.__dict__.get("forward"), FewRows) for x in model.modules()) == taken
+    assert (obstacle() is None) == taken
+    if not taken:
+        assert obstacle() == (
+            f"the product by slices is not clearly faster on this CPU: {slices:.2f} ms, "
+            f"PyTorch's linear {linear:.2f} ms"
+        )
+
+
+def test_without_mkl_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(projections, "product_ms", lambda threads: pytest.fail("timed"))
+    assert obstacle() == "PyTorch was built without MKL"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
