@@ -51,6 +51,7 @@ from linearize.benchmarks.filling import tokens_to_read
 from linearize.benchmarks.inference import Rows, inference, progress_bar
 from linearize.benchmarks.machine import available_memory, machine_info
 from linearize.benchmarks.measurement import WARMUP, OutOfMemory, Run, measure, measure_prefill, memory_errors
+from linearize.benchmarks.modes import mode_obstacle
 from linearize.benchmarks.probe import Probe, probe
 from linearize.benchmarks.roofline import Roof, bandwidth, calibrate, measured_roof, predict, step_seconds
 from linearize.benchmarks.step_costs import ModelCosts, prefill_flops
@@ -228,7 +229,8 @@ class _Row:
         # The timed steps lie around `context`, so that their mean is that there.
         length = max(1, context - WARMUP - self.steps // 2)
         read, capacity = tokens_to_read(length, self.probe.period), length + WARMUP + self.steps
-        modes = [mode for mode in self.probe.modes if not mode.compiled]
+        device = self.probe.device
+        modes = [mode for mode in self.probe.modes if not mode.compiled and mode_obstacle(mode, device) is None]
 
         def bound(size: int) -> float:
             return step_seconds(self.costs, context, size, self.roof)

@@ -16,7 +16,7 @@ from linearize.benchmarks.items import named_path
 from linearize.console import human_tokens
 from linearize.errors import LinearizeError
 
-__all__ = ["grid", "main", "ratios", "table"]
+__all__ = ["grid", "main", "ratio_cell", "ratios", "table", "with_interval"]
 
 NOTHING = "–"
 Cell = Callable[[str], str]
@@ -76,7 +76,7 @@ def grid(corner: str, lines: Sequence[tuple[str, dict[str, str]]]) -> str:
 def ratios(result: dict[str, Any], row: str) -> dict[str, str]:
     """For each text and context the student's perplexity over that of a row; nothing where they were not compared."""
     return {
-        f"{text} at {human_tokens(part['seq_len'])}": _ratio(found)
+        f"{text} at {human_tokens(part['seq_len'])}": ratio_cell(found)
         for text, by_context in result["texts"].items()
         for part in by_context.values()
         for found in part["comparisons"]
@@ -84,7 +84,7 @@ def ratios(result: dict[str, Any], row: str) -> dict[str, str]:
     }
 
 
-def _ratio(comparison: dict[str, Any]) -> str:
+def ratio_cell(comparison: dict[str, Any]) -> str:
     """`0.98 (0.97 to 0.99)`: the quotient of two perplexities by their difference in nats, as far as it is known."""
     if comparison["nll_difference"] is None:
         return NOTHING
@@ -109,18 +109,18 @@ def _columns(result: dict[str, Any]) -> dict[str, Cell]:
         for place, length in enumerate(part["length"] for part in needle["rows"][BASELINE]["lengths"]):
             columns[f"needle at {human_tokens(length)}"] = _needle(needle, place)
     if kl:
-        columns["KL"] = lambda row: "0" if row == BASELINE else _with_interval(kl["rows"][row], "kl", "ci95", 3)
+        columns["KL"] = lambda row: "0" if row == BASELINE else with_interval(kl["rows"][row], "kl", "ci95", 3)
     if generation:
         rows = generation["rows"]
         columns["ended"] = lambda row: _percent(rows[row]["end_rate"])
         columns["repeated"] = lambda row: _percent(rows[row]["repetition"])
         columns["loops"] = lambda row: _percent(rows[row]["loop_rate"])
-        columns["length"] = lambda row: _with_interval(rows[row], "length_ratio", "length_ratio_ci95", 2)
+        columns["length"] = lambda row: with_interval(rows[row], "length_ratio", "length_ratio_ci95", 2)
     return columns
 
 
 def _perplexity(part: dict[str, Any]) -> Cell:
-    return lambda row: _with_interval(part["rows"][row], "ppl", "ppl_ci95", 2)
+    return lambda row: with_interval(part["rows"][row], "ppl", "ppl_ci95", 2)
 
 
 def _task(task: dict[str, Any]) -> Cell:
@@ -138,7 +138,7 @@ def _kept(mean: dict[str, Any]) -> Cell:
 def _accuracy(score: dict[str, Any], row: str) -> str:
     kept = score["retention_over_chance"]
     # What the original keeps of itself says nothing.
-    text = "" if row == BASELINE else f" ({_with_interval(kept, 'value', 'ci95', 2)})"
+    text = "" if row == BASELINE else f" ({with_interval(kept, 'value', 'ci95', 2)})"
     return f"{100 * score['accuracy']:.1f} %{text}"
 
 
@@ -158,7 +158,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _with_interval(part: dict[str, Any], value: str, ends: str, decimals: int) -> str:
+def with_interval(part: dict[str, Any], value: str, ends: str, decimals: int) -> str:
     """`23.61 (17.08 to 29.42)`, as far as it is known."""
     if part[value] is None:
         return NOTHING

@@ -331,6 +331,7 @@ class BenchOptions(Record):
         prefill: lengths whose prefill is timed besides.
         minutes: no repeat is begun after this long, and a context that no repeat was done for is dropped, for all
             rows alike; `None` is no limit.
+        control: time the original twice, as two rows: what is between them is the measurement's own error.
     """
 
     contexts: tuple[int, ...] = option((1024, 4096, 8192), least=5)
@@ -343,6 +344,7 @@ class BenchOptions(Record):
     fill: int | None = option(8192, least=1)
     prefill: tuple[int, ...] = option((), least=1)
     minutes: float | None = option(None, above=0)
+    control: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -95,8 +95,10 @@ class Recipe(Record):
     Attributes:
         name: a short name for reports.
         model: the original: a local folder, a hub name, `path/to/file.gguf` or `package://package/file.gguf`.
+        student: the folder of a student that exists, an adapter of `model` or a whole one: nothing is trained, and it
+            is measured as the student of a run. `None` makes one, by `convert` and `stages`.
         convert: what the layers become.
-        data: what is trained on.
+        data: what is trained on; of a student that exists, what it was, so that text held out of it is measured.
         stages: `(name, options)` in order, the name being a key of `STAGES`; in YAML a list of one-key maps.
         evaluate: what is measured about quality.
         bench: what is measured about speed.
@@ -107,6 +109,7 @@ class Recipe(Record):
 
     name: str = option(hint="give the recipe a short name")
     model: str = option(hint="give a model: a local folder, a hub name or path/to/file.gguf")
+    student: str | None = option(None, hint="give the folder of a student, or leave student out")
     convert: LinearizeConfig = field(default_factory=LinearizeConfig, metadata={"convert": _config})
     data: DataOptions = field(metadata={"hint": "say what to train on, e.g. data: {sources: [{kind: pydoc}]}"})
     stages: tuple[Stage, ...] = field(default=(), metadata={"convert": _stages})
@@ -118,6 +121,17 @@ class Recipe(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.student is not None and self.stages:
+            raise RecipeError(
+                "stages",
+                f"{self.stages[0][0]} beside student {shown(self.student)}, which is measured as it is; leave stages "
+                "out, or student to teach a new one",
+            )
+        if self.student is not None and self.convert != LinearizeConfig():
+            raise RecipeError(
+                "convert",
+                f"given beside student {shown(self.student)}, which is converted already; leave convert out",
+            )
         for index, (name, options) in enumerate(self.stages):
             end_to_end = sum(isinstance(other, DistillOptions) for _, other in self.stages)
             if isinstance(options, DistillOptions) and options.train != "lora" and end_to_end > 1:
@@ -147,7 +161,10 @@ class Recipe(Record):
 
     def to_dict(self) -> dict[str, Any]:
         stages = [{name: plain(options)} for name, options in self.stages]
-        return super().to_dict() | {"convert": self.convert.to_dict(), "stages": stages}
+        values = super().to_dict() | {"convert": self.convert.to_dict(), "stages": stages}
+        if self.student is not None:
+            del values["convert"]  # the defaults, which say nothing about this student
+        return values
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -4,10 +4,11 @@ OUT/recipe.yaml      what was asked for, every value spelled out
 OUT/progress.json    which parts are finished; a run that is called again goes on after them
 OUT/train.jsonl      the log of the stages
 OUT/checkpoints/     inside a stage, to go on after a kill
-OUT/student/         part "student": the conversion, taught
+OUT/student/         part "student": the conversion, taught; or a copy of the student that the recipe names
 OUT/control/         part "control": the original after the same end-to-end training
 OUT/window/          part "window": the conversion without its state, after the same end-to-end training
 OUT/evaluate.json, OUT/bench.json, OUT/report.html      the parts of these names
+OUT/evaluate.work/   inside part "evaluate", to go on after a kill: each measurement of each row
 OUT/trackers/        files of trackers that keep some
 
 Under `accelerate launch` all processes train, and process 0 alone writes, prints and does the other parts.
@@ -28,7 +29,7 @@ import torch
 from linearize.benchmarks.files import read_json, write_json
 from linearize.checkpoint import save
 from linearize.console import note
-from linearize.convert import added_parameters, convert, is_converted
+from linearize.convert import added_parameters, base_model, convert, is_converted
 from linearize.distill import processes
 from linearize.distill.data import SHORTEST_DOCUMENT, TokenStream, build_stream
 from linearize.distill.disk import writing
@@ -41,11 +42,12 @@ from linearize.distill.sharding import wants_sharding
 from linearize.distill.tracking import tracked
 from linearize.distill.transfer import run_transfer
 from linearize.errors import LinearizeError
+from linearize.families import geometry_of
 from linearize.inspection import inspect_config
-from linearize.models import load_config, load_model, load_tokenizer, resolve_dtype
+from linearize.models import load_config, load_model, load_tokenizer, resolve, resolve_dtype
 from linearize.rows import comparison_rows, speed_rows
 from linearize.tables import print_bench, print_evaluation
-from linearize.tasks import check_evaluation, evaluation_texts
+from linearize.tasks import check_evaluation, evaluation_texts, run_folder
 
 __all__ = ["PARTS", "Job"]
 
@@ -78,18 +80,17 @@ class Job:
         self.sharded = wants_sharding() and processes.count() > 1
         self.stages = _named(recipe)
         distills = [options for _, options in self.stages if isinstance(options, DistillOptions)]
-        # Training that changes the original's own weights makes a whole student; else the student is an adapter.
-        self.whole = any(options.train != "lora" for options in distills)
+        own_weights = any(options.train != "lora" for options in distills)
         asked = {CONTROL: recipe.evaluate.control, WINDOW: recipe.evaluate.window}
         # What is trained beside the student, in the same way.
         self.beside = [role for role, wanted in asked.items() if distills and wanted]
-        if self.whole and self.beside:
+        if own_weights and self.beside:
             role = self.beside[0]
             raise LinearizeError(
                 f"evaluate.{role}: a {role} row is trained with LoRA only, and a distill stage trains chosen "
                 f"parameters; set train to lora, or evaluate.{role} to false"
             )
-        if self.whole and self.sharded:
+        if own_weights and self.sharded:
             raise LinearizeError(
                 "accelerate: FSDP2 shards what is frozen and cannot save a whole student, and a distill stage trains "
                 "chosen parameters; set train to lora, or launch without --use_fsdp"
@@ -102,6 +103,10 @@ class Job:
                 f"out: the processes find different progress in {str(self.folder)!r}; give a folder that all machines "
                 "share"
             )
+        # Training that changes the original's own weights makes a whole student; else the student is an adapter.
+        self.whole = own_weights if recipe.student is None else _kind_of(self._given) == "student"
+        if recipe.student is not None and self.folder.resolve().is_relative_to(Path(recipe.student).resolve()):
+            raise LinearizeError(f"out: {str(folder)!r} lies inside the student's folder; give another one")
 
     def run(self, parts: Sequence[str]) -> list[Path]:
         """Do these parts, in the order of `PARTS`, but for those that are done; returns what each of them made.
@@ -196,7 +201,11 @@ class Job:
 
     def _check(self, parts: Sequence[str]) -> None:
         """What would fail after the training is found before it. Then the folder is begun."""
-        inspect_config(load_config(self.recipe.model), self.recipe.convert)
+        config = load_config(self.recipe.model)
+        if self.recipe.student is None:
+            inspect_config(config, self.recipe.convert)
+        elif self.whole:
+            _check_original(config, self._given, self.recipe.model)
         if "evaluate" in parts:
             check_evaluation(self.recipe.evaluate, self._texts, self._tokenizer, self.recipe.seed)
         processes.gather(None)  # all have read the folder and found nothing wrong
@@ -228,10 +237,21 @@ class Job:
         """Where models are loaded; None is the process's GPU, if there is one. Sharded ones go there layer by layer."""
         return "cpu" if self.sharded else None
 
+    @property
+    def _given(self) -> Path:
+        """Where the student of a recipe that names one is: the run's own copy, once it is there."""
+        done = "student" in self._progress["done"]
+        return self.folder / "student" if done else Path(str(self.recipe.student)).expanduser()
+
+    def _load(self, folder: Path) -> Any:
+        """A student, with its LoRA apart. A given one goes on the recipe's original, by whatever name it knows that."""
+        base = None if self.recipe.student is None or self.whole else self.recipe.model
+        return load_model(folder, self._dtype, self._device, base=base, merge=False)[0]
+
     @cached_property
     def _model(self) -> Any:
         """The student, with its LoRA apart; and those that were trained beside it."""
-        model, _ = load_model(self.folder / "student", self._dtype, self._device, merge=False)
+        model = self._load(self.folder / "student")
         for role in self.beside:
             if role in self._progress["done"]:
                 model.load_adapter(str(self.folder / role), adapter_name=role)
@@ -255,6 +275,8 @@ class Job:
             return build_stream(data, self._tokenizer, self.recipe.seed, "train", model, texts, shortest)
 
     def _student(self) -> Path:
+        if self.recipe.student is not None:
+            return self._copied()
         model, _ = load_model(self.recipe.model, self._dtype, self._device)
         short = self._stream(model)
         # What does not fit is found now, not after hours of the stages before.
@@ -289,6 +311,21 @@ class Job:
                 self._save(model)
         self._model = model.eval()
         return self.folder / "student"
+
+    def _copied(self) -> Path:
+        """The given student, read once, so that one that does not fit its original is not kept."""
+        given, final = self._given, self.folder / "student"
+        model = self._load(given)
+        with processes.wait_for_main():
+            if processes.rank() == 0:
+                partial = self.folder / "student.partial"
+                size = sum(path.stat().st_size for path in given.rglob("*") if path.is_file())
+                with writing(final, size, partial):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.copytree(given, partial)
+                    os.replace(partial, final)
+        self._model = model
+        return final
 
     def _save(self, model: Any) -> None:
         final, partial = self.folder / "student", self.folder / "student.partial"
@@ -339,13 +376,26 @@ class Job:
             shutil.rmtree(partial)
 
     def _evaluate(self) -> Path:
-        from linearize.also import tokens_seen
+        from linearize.also import row_identities, tokens_seen
         from linearize.benchmarks.evaluate import evaluate_rows
+        from linearize.benchmarks.work import Work
 
         base = load_model(self.recipe.model, self._dtype)[0] if self.whole else None
         rows = comparison_rows(self._model, base)
-        result = evaluate_rows(rows, self._tokenizer, self._texts, self.recipe.evaluate, self.recipe.seed)
-        result["tokens_seen"] = tokens_seen(rows, self.folder)
+        original = base_model(self._model if base is None else base).config
+        student = str(self.folder / "student")
+        identities = row_identities(rows, self._model, original.name_or_path, student, self.folder, ())
+        result = evaluate_rows(
+            rows,
+            self._tokenizer,
+            self._texts,
+            self.recipe.evaluate,
+            self.recipe.seed,
+            Work(self.folder / "evaluate.work", identities),  # where `linearize evaluate` looks for them too
+            conversion=base_model(self._model).config.linearize,
+        )
+        given = self.recipe.student
+        result["tokens_seen"] = tokens_seen(rows, self.folder if given is None else run_folder(given))
         print_evaluation(result)
         return write_json(self.folder / "evaluate.json", result)
 
@@ -358,7 +408,7 @@ class Job:
             model = model.merge_and_unload()
         options = self.recipe.bench
         result = bench_decode(
-            speed_rows(model),
+            speed_rows(model, options.control),
             options.contexts,
             next(iter(self._texts.values())),
             decode_tokens=options.decode_tokens,
@@ -388,6 +438,34 @@ def _named(recipe: Recipe) -> list[tuple[str, Any]]:
             raise LinearizeError("stages: transfer is listed twice; give it once, with the sum of the budgets")
         named.append((kind if count == 1 else f"{kind}-{count}", options))
     return named
+
+
+def _kind_of(student: Path) -> str:
+    """What the folder of a given student holds: "adapter", or "student" for a whole one."""
+    if not student.is_dir():
+        raise LinearizeError(f"student: no folder {str(student)!r}; give the folder of a student")
+    try:
+        kind = resolve(student).kind
+    except LinearizeError as error:
+        raise LinearizeError(f"student: {str(error).removeprefix('model: ')}") from None
+    if kind == "original":
+        raise LinearizeError(
+            f"student: {str(student)!r} holds an original, no student; give a student's folder, or leave student out "
+            "to make one"
+        )
+    return kind
+
+
+def _check_original(config: Any, student: Path, model: str) -> None:
+    """Raise where a whole student cannot be of the original that it would be compared with. (An adapter knows the
+    weights that it was made on, which are compared when it is loaded.)"""
+    other = load_config(student)
+    found, wanted = ({**vars(geometry_of(x)), "vocabulary": x.vocab_size} for x in (config, other))
+    if found != wanted:
+        raise LinearizeError(
+            f"model: {model!r} has {found} and the student in {str(student)!r} {wanted}; give the original that it was "
+            "made of"
+        )
 
 
 def _note(text: str) -> None:

@@ -58,8 +58,8 @@ def made_up(monkeypatch):
         measured.append((is_converted(model), batch, length, length, "prefill"))
         return 3e3 * bound_of_prefill(costs(model), length)
 
-    # Whether there are two modes or four of the original depends on how PyTorch was built.
-    monkeypatch.setattr("linearize.benchmarks.modes.help_with", lambda device, dtype: False)
+    # Of the original's four modes two would change nothing where this product is the slower one.
+    monkeypatch.setattr("linearize.projections.product_ms", lambda threads: (1.0, 2.0))
     monkeypatch.setattr(capacity, "measure", measure)
     monkeypatch.setattr(capacity, "measure_prefill", measure_prefill)
     monkeypatch.setattr(capacity, "bandwidth", lambda device, dtypes: RATES)
@@ -106,6 +106,31 @@ def test_everything_is_measured_where_that_is_possible(rows, made_up):
     for context, read in steps:
         assert read == context - WARMUP if context < 500 else 512 <= read < 600
     json.dumps(found, allow_nan=False)
+
+
+def test_a_model_beside_itself_and_one_that_is_slowed_down(rows, made_up, monkeypatch):
+    """The same batch and the same cost of answers; a step that takes 1.5 times as long raises the cost by what it is of
+    it, and nothing else."""
+    asked = {"answer_tokens": 40, "max_minutes": 1e9}
+    twice = {"original": rows["original"], "student": rows["original"]}
+    original, same = bench_capacity(twice, MEMORY, [200], **asked)["cells"]
+    assert same == original | {"row": "student"}
+
+    before = bench_capacity(rows, MEMORY, [200], **asked)["cells"]
+    quick = capacity.measure
+
+    def slowed(model, run):
+        sample, times = quick(model, run), 1.5 if is_converted(model) else 1
+        return replace(sample, step_ms=tuple(times * ms for ms in sample.step_ms))
+
+    monkeypatch.setattr(capacity, "measure", slowed)
+    original, student = bench_capacity(rows, MEMORY, [200], **asked)["cells"]
+    assert original == before[0]
+    assert student["batch"] == before[1]["batch"]
+    assert student["step"]["ms"] == pytest.approx(1.5 * before[1]["step"]["ms"])
+    assert student["tokens_per_s"] == pytest.approx(before[1]["tokens_per_s"] / 1.5)
+    more = 1000 * 40 * (student["step"]["ms"] - before[1]["step"]["ms"]) / 1e3 / student["batch"]
+    assert student["seconds_per_1000_answers"] == pytest.approx(before[1]["seconds_per_1000_answers"] + more)
 
 
 def test_a_prompt_of_its_own_length(rows, made_up):

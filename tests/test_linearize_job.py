@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from linearize import job, tasks
+from linearize.benchmarks.work import Work
 from linearize.cli import app
 from linearize.distill.recipe import Recipe, dump_recipe, load_recipe
 from linearize.errors import LinearizeError
@@ -156,6 +157,25 @@ class TestRun:
 
 
 class TestGoingOn:
+    def test_inside_of_the_evaluation(self, place: Path, tmp_path: Path, finished, monkeypatch):
+        """What was measured of some rows is not measured again."""
+        out, measured = tmp_path / "out", []
+        write = Work.write
+
+        def kept(self, row, measurement, settings, found):
+            write(self, row, measurement, settings, found)
+            measured.append((row, measurement))
+            if row == "window + sinks":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Work, "write", kept)
+        assert run(place, out).exit_code == 130
+        monkeypatch.setattr(Work, "write", lambda self, *args: (write(self, *args), measured.append(args[:2])))
+        assert run(place, out).exit_code == 0
+        assert len(set(measured)) == len(measured) > 7
+        mine, whole = (json.loads((folder / "evaluate.json").read_text()) for folder in (out, finished[0]))
+        assert mine["perplexity"]["rows"] == whole["perplexity"]["rows"]
+
     @pytest.mark.parametrize("part", ["control", "window", "evaluate", "bench"])
     def test_after_a_stop_between_parts(self, place: Path, tmp_path: Path, finished, monkeypatch, part: str):
         def stop(self):
@@ -324,6 +344,116 @@ class TestOtherRecipes:
         stages = [json.loads(line)["stage"] for line in lines]
         assert stages == [f"{name}{more}" for name in ("distill", "control", "window") for more in ("", "-2")]
         assert list((tmp_path / "out" / "texts").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(finished: tuple[Path, Result], tmp_path_factory) -> Path:
+    """A whole student whose weights are not the original's."""
+    folder = tmp_path_factory.mktemp("given") / "whole"
+    model, tokenizer = load_model(finished[0] / "student", "float32", "cpu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestGivenStudent:
+    """`student: FOLDER`: one that exists is measured and reported, and nothing is trained."""
+
+    @staticmethod
+    def run(place: Path, out: Path, student: Path, *settings: str) -> Result:
+        values = yaml.safe_load((place / "recipe.yaml").read_text())
+        values |= {"student": str(student), "stages": []}
+        del values["convert"]
+        (out.parent / "given.yaml").write_text(yaml.safe_dump(values))
+        words = ["run", str(out.parent / "given.yaml"), "--out", str(out)]
+        return CliRunner().invoke(app, [*words, *(word for setting in settings for word in ("--set", setting))])
+
+    def test_an_adapter(self, place: Path, finished: tuple[Path, Result], tmp_path: Path):
+        made, out = finished[0], tmp_path / "out"
+        result = self.run(place, out, made / "student")
+        assert result.exit_code == 0, result.output
+        names = ["student", "evaluate.json", "bench.json", "report.html"]
+        assert result.stdout.splitlines()[-4:] == [str(out / name) for name in names]
+        files, copied = (
+            {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            for folder in (made / "student", out / "student")
+        )
+        assert files == copied
+        assert not (out / "train.jsonl").exists()
+        found, there = (json.loads((folder / "evaluate.json").read_text()) for folder in (out, made))
+        rows = found["perplexity"]["rows"]
+        assert list(rows) == ["original", "window + sinks", "student", "student, state off", "student, window off"]
+        assert rows == {row: there["perplexity"]["rows"][row] for row in rows}
+        assert found["tokens_seen"]["student"] == there["tokens_seen"]["student"] == 2 * 192
+        assert json.loads((out / "bench.json").read_text())["rows"] == ["original", "student"]
+        assert "convert" not in yaml.safe_load((out / "recipe.yaml").read_text())
+
+    def test_a_whole_student_and_its_original(self, place: Path, whole: Path, finished, tmp_path: Path):
+        result = self.run(place, tmp_path / "out", whole, "bench.control=true")
+        assert result.exit_code == 0, result.output
+        rows, there = (
+            json.loads((folder / "evaluate.json").read_text())["perplexity"]["rows"]
+            for folder in (tmp_path / "out", finished[0])
+        )
+        for row in ("original", "window + sinks", "student"):
+            assert rows[row]["ppl"] == pytest.approx(there[row]["ppl"], rel=1e-4)
+        bench = json.loads((tmp_path / "out" / "bench.json").read_text())
+        assert bench["rows"] == ["original", "original again", "student"]
+
+    def test_goes_on_without_the_folder_it_was_copied_from(self, place: Path, whole: Path, tmp_path: Path, monkeypatch):
+        moved, out = tmp_path / "moved", tmp_path / "out"
+        whole.rename(moved)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Job, "_evaluate", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+                assert self.run(place, out, moved).exit_code == 130
+        finally:
+            moved.rename(whole)
+        result = self.run(place, out, moved)
+        assert result.exit_code == 0, result.output
+        assert "[1/4] student: done before" in result.stderr
+
+    def test_an_adapter_of_another_original(self, place: Path, finished, tmp_path: Path):
+        torch.manual_seed(1)
+        model, tokenizer = load_model(place / "original", "float32", "cpu")
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        model.save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        result = self.run(place, tmp_path / "out", finished[0] / "student", f"model={tmp_path / 'other'}")
+        assert result.exit_code == 2
+        assert "sampled weights are not those of the original" in result.stderr
+        assert not (tmp_path / "out" / "student").exists()
+
+    @pytest.mark.parametrize(
+        ("given", "settings", "message"),
+        [
+            ("nowhere", [], "student: no folder"),
+            ("original", [], "holds an original, no student; give a student's folder, or leave student out"),
+            ("finished", [], "holds a run, not a model; did you mean"),
+            ("empty", [], "has neither a config.json"),
+            ("student", ["stages=[{distill: {budget: {steps: 1}}}]"], "stages: distill beside student"),
+            ("student", ["convert.window=16"], "convert: given beside student"),
+            ("whole", ["model=larger"], "'layers': 2, 'vocabulary': 100}; give the original that it was made of"),
+        ],
+    )
+    def test_refusals(
+        self, place: Path, finished, whole: Path, tmp_path: Path, given: str, settings: list[str], message: str
+    ):
+        (tmp_path / "empty").mkdir()
+        save_tiny_model(tmp_path / "larger", num_hidden_layers=3)
+        settings = [setting.replace("larger", str(tmp_path / "larger")) for setting in settings]
+        folders = {"student": finished[0] / "student", "whole": whole, "empty": tmp_path / "empty"}
+        result = self.run(place, tmp_path / "out", folders.get(given, place / given), *settings)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_a_run_inside_of_the_student(self, place: Path, whole: Path):
+        with pytest.raises(LinearizeError, match="lies inside the student's folder"):
+            Job(recipe(place, "stages=[]", "convert={}", f"student={whole}"), whole / "out")
+        assert not (whole / "out").exists()
 
 
 class TestSeveralProcesses:

@@ -67,6 +67,14 @@ def test_its_layers_are_those_of_its_recipe(student) -> None:
     assert base_model(student[0]).config.linearize == load_recipe(RESULTS / "student-25.yaml").convert.to_dict()
 
 
+def test_the_reports_recipe_is_of_the_student_that_is_here() -> None:
+    from linearize.distill.recipe import load_recipe
+
+    recipe = load_recipe(RESULTS / "report.yaml")
+    description = json.loads((RESULTS / str(recipe.student) / "linearize.json").read_text(encoding="utf-8"))
+    assert recipe.model == description["base"]
+
+
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("sweep*.json")), ids=lambda file: file.stem)
 def test_a_sweeps_page_is_what_its_measurements_say(file) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
