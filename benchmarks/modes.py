@@ -61,12 +61,13 @@ def modes_of(model: Any) -> tuple[Mode, ...]:
     Args:
         model: a causal language model of transformers, converted or not.
     """
-    modes = [DYNAMIC, STATIC]
-    if not is_converted(model) and apply_to(model.device, model.dtype):
-        modes += [DYNAMIC_PROJECTIONS, STATIC_PROJECTIONS]
-    if preallocated(model, 1).is_compileable:
-        modes.append(STATIC_COMPILE)
-    return tuple(modes)
+    helped = not is_converted(model) and apply_to(model.device, model.dtype)
+    compileable = preallocated(model, 1).is_compileable
+    return tuple(
+        mode
+        for mode in (DYNAMIC, DYNAMIC_PROJECTIONS, STATIC, STATIC_PROJECTIONS, STATIC_COMPILE)
+        if (helped or not mode.projections) and (compileable or not mode.compiled)
+    )
 
 
 def preallocated(model: Any, capacity: int) -> Any:
