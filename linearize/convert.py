@@ -142,7 +142,10 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     install(model)
     decoder = model.get_submodule(family.decoder)
     hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
-    cast(Any, model)._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
+    hooks = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
+    if not family.hands_down:
+        hooks += [layers[index].register_forward_pre_hook(_hand_down, with_kwargs=True) for index in indices]
+    cast(Any, model)._linearize = (switch, indices, hooks)
 
 
 def revert(model: Any) -> Any:
@@ -162,7 +165,8 @@ def revert(model: Any) -> Any:
     for index, layer in layers.items():
         setattr(decoder_layers[index], family.attention, layer.original)
     remove(base)
-    base._linearize[2].remove()
+    for hook in base._linearize[2]:
+        hook.remove()
     del base._linearize
     base.__dict__.pop("_linearize_sample", None)
     made = type(base)
@@ -293,6 +297,13 @@ class _BeforeDecoder:
         return (), kwargs
 
 
+def _hand_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Runs before a decoder layer that does not hand arguments down to its attention: what a converted one needs goes
+    behind cosines and sines. As an argument, so that a checkpointed layer has it again in the backward pass."""
+    own = kwargs.get("near_far_mask"), kwargs.get("near_far_documents")
+    return args, kwargs | {"position_embeddings": (*kwargs["position_embeddings"], *own)}
+
+
 def _new_tokens_mask(mask: Any, new: int) -> torch.Tensor | None:
     """(B, T) bool for the T new tokens of this call, or None where all are real (not asked while torch.compile traces,
     where the answer would be part of the graph)."""
@@ -372,26 +383,19 @@ def _check_modules(model: Any, config: LinearizeConfig) -> None:
 
 
 def _check_attention(attention: nn.Module, index: int, family: Family, geometry: Geometry) -> None:
-    sizes = {
-        "q_proj": geometry.heads * geometry.head_dim,
-        "k_proj": geometry.kv_heads * geometry.head_dim,
-        "v_proj": geometry.kv_heads * geometry.head_dim,
-    }
-    norms = {"q_norm", "k_norm"} if family.qk_norm else set()
-    known = {*sizes, "o_proj", *norms}
-    children = {name for name, _ in attention.named_children()}
-    own = [name for name, _ in attention.named_parameters(recurse=False)]
-    if children != known or own:
-        raise LinearizeError(
-            f"layer {index}: {type(attention).__name__} has {sorted(children | set(own))} but a {family.model_type} "
-            f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
-        )
-    if getattr(attention, "layer_idx", None) != index or not isinstance(getattr(attention, "scaling", None), float):
+    _check_parts(attention, index, family)
+    if getattr(attention, "layer_idx", None) != index or not isinstance(getattr(attention, "scaling", None), float | int):
         raise LinearizeError(
             f"layer {index}: {type(attention).__name__} has layer_idx {getattr(attention, 'layer_idx', None)!r} and "
-            f"scaling {getattr(attention, 'scaling', None)!r}; a converted layer needs its index and a float"
+            f"scaling {getattr(attention, 'scaling', None)!r}; a converted layer needs its index and a number"
         )
-    for name in (*sizes, "o_proj"):
+    if not getattr(attention, "is_causal", True):
+        raise LinearizeError(
+            f"layer {index}: {type(attention).__name__} sees the future, which a window and a state do not; use a "
+            "causal model"
+        )
+    sizes = _sizes(family, geometry)
+    for name in family.linears:
         proj = getattr(attention, name)
         linear = proj.get_base_layer() if hasattr(proj, "get_base_layer") else proj
         if type(linear) is not nn.Linear:
@@ -405,6 +409,28 @@ def _check_attention(attention: nn.Module, index: int, family: Family, geometry:
                 f"{geometry.heads} heads, {geometry.kv_heads} key-value heads and head_dim {geometry.head_dim}; "
                 "correct the config"
             )
+
+
+def _check_parts(attention: nn.Module, index: int, family: Family) -> None:
+    """The attention's submodules and parameters are those that its family has, and no others."""
+    known = {*family.linears, *(() if family.sink is None else (family.sink,))}
+    if family.qk_norm_of(attention):
+        known |= set(family.norms)
+    found = {name for name, _ in attention.named_children()}
+    found |= {name for name, _ in attention.named_parameters(recurse=False)}
+    if found != known:
+        raise LinearizeError(
+            f"layer {index}: {type(attention).__name__} has {sorted(found)} but a {family.model_type} "
+            f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
+        )
+
+
+def _sizes(family: Family, geometry: Geometry) -> dict[str, int]:
+    """Outputs of every projection before the attention."""
+    counts = geometry.heads, geometry.kv_heads, geometry.kv_heads
+    if family.fused:
+        counts = (sum(counts),)
+    return {name: heads * geometry.head_dim for name, heads in zip(family.projections, counts, strict=True)}
 
 
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:

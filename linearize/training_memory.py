@@ -33,7 +33,7 @@ from typing import Any
 from linearize.config import LinearizeConfig
 from linearize.convert import added_parameters, convert, converted_layers
 from linearize.errors import LinearizeError
-from linearize.families import family_of, geometry_of
+from linearize.families import Family, family_of, geometry_of
 
 __all__ = ["BACKENDS", "StageMemory", "TrainingMemory", "training_memory"]
 
@@ -123,6 +123,8 @@ class _Sizes:
     decoder: int
     largest: int
     largest_added: int
+    projections: tuple[str, ...]
+    output: str
     targets: tuple[str, ...]
     rank: int
 
@@ -157,7 +159,7 @@ def training_memory(
 
     Raises:
         LinearizeError: an unknown dtype or backend, a number below 1, `fsdp` with one process, LoRA targets that name
-            no module, or what `convert` would refuse.
+            no module, a family that is not known well enough, or what `convert` would refuse.
     """
     if dtype not in DTYPE_BYTES:
         raise LinearizeError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPE_BYTES)}")
@@ -195,6 +197,8 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
     from transformers import AutoModelForCausalLM
 
     geometry, family = geometry_of(model_config), family_of(model_config)
+    _check_known(model_config, family)
+    targets = family.modules(targets)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     original = sum(parameter.numel() for parameter in model.parameters())
@@ -223,7 +227,7 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
         vocab=model_config.vocab_size,
         layers=geometry.layers,
         converted=len(layers),
-        qk_norm=family.qk_norm,
+        qk_norm=any(layer.qk_norm is not None for layer in layers.values()),
         window=config.window,
         sinks=config.sinks,
         mixer=mixer is not None,
@@ -236,9 +240,24 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
         decoder=decoder_size,
         largest=largest,
         largest_added=max((parameter.numel() for parameter in added.values()), default=0),
+        projections=family.projections,
+        output=family.output,
         targets=targets,
         rank=rank,
     )
+
+
+def _check_known(model_config: Any, family: Family) -> None:
+    """Formulas were measured on dense models whose attention keeps no T x T maps."""
+    why = None
+    if getattr(model_config, "num_experts_per_tok", None):
+        why = "has experts, and what a batch sends to each is not known before"
+    elif family.soft_cap or family.sink:
+        why = "has a softmax of its own, which softmax layers run as whole maps"
+    if why is not None:
+        raise LinearizeError(
+            f"train: {family.model_type} {why}, so its training memory cannot be computed; measure a few steps instead"
+        )
 
 
 @dataclass(frozen=True)
@@ -319,7 +338,7 @@ def _kept_bytes(s: _Sizes, e: int, backend: str, full: bool, converted: bool) ->
     norms = 2 * FLOAT * s.hidden + (2 * e * s.hidden if full else 0)
     if s.qk_norm:
         norms += (q + k) * (FLOAT + (e if full else 0))
-    widths = {"q_proj": s.hidden, "k_proj": s.hidden, "v_proj": s.hidden, "o_proj": q}
+    widths = dict.fromkeys(s.projections, s.hidden) | {s.output: q}
     widths |= {"gate_proj": s.hidden, "up_proj": s.hidden, "down_proj": s.inner}
     # In float32 softmax attention's own output is what the output projection keeps.
     own_output = converted or (not full and e != FLOAT)
@@ -330,9 +349,9 @@ def _kept_bytes(s: _Sizes, e: int, backend: str, full: bool, converted: bool) ->
         shared = set()
         for target, width in widths.items():
             group = (
-                "out" if target == "o_proj" else "down" if target == "down_proj" else target in ("gate_proj", "up_proj")
+                "out" if target == s.output else "down" if target == "down_proj" else target in ("gate_proj", "up_proj")
             )
-            if target not in s.targets or (target == "o_proj" and not own_output) or (e == FLOAT and group in shared):
+            if target not in s.targets or (target == s.output and not own_output) or (e == FLOAT and group in shared):
                 continue
             shared.add(group)
             inputs += FLOAT * width

@@ -38,6 +38,7 @@ COMMANDS = (
     ["bench", "kernels"],
     ["report"],
     ["doctor"],
+    ["families"],
     ["generate"],
 )
 ROOT = Path(__file__).resolve().parents[1]
