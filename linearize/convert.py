@@ -384,10 +384,11 @@ def _check_modules(model: Any, config: LinearizeConfig) -> None:
 
 def _check_attention(attention: nn.Module, index: int, family: Family, geometry: Geometry) -> None:
     _check_parts(attention, index, family)
-    if getattr(attention, "layer_idx", None) != index or not isinstance(getattr(attention, "scaling", None), float | int):
+    place, scaling = getattr(attention, "layer_idx", None), getattr(attention, "scaling", None)
+    if place != index or not isinstance(scaling, float | int):
         raise LinearizeError(
-            f"layer {index}: {type(attention).__name__} has layer_idx {getattr(attention, 'layer_idx', None)!r} and "
-            f"scaling {getattr(attention, 'scaling', None)!r}; a converted layer needs its index and a number"
+            f"layer {index}: {type(attention).__name__} has layer_idx {place!r} and scaling {scaling!r}; a converted "
+            "layer needs its index and a number"
         )
     if not getattr(attention, "is_causal", True):
         raise LinearizeError(
@@ -427,9 +428,9 @@ def _check_parts(attention: nn.Module, index: int, family: Family) -> None:
 
 def _sizes(family: Family, geometry: Geometry) -> dict[str, int]:
     """Outputs of every projection before the attention."""
-    counts = geometry.heads, geometry.kv_heads, geometry.kv_heads
+    counts = [geometry.heads, geometry.kv_heads, geometry.kv_heads]
     if family.fused:
-        counts = (sum(counts),)
+        counts = [sum(counts)]
     return {name: heads * geometry.head_dim for name, heads in zip(family.projections, counts, strict=True)}
 
 

@@ -132,7 +132,8 @@ def test_saved_and_loaded(family, tmp_path):
     make_model(family).save_pretrained(tmp_path / "original")
     adapted = add_lora(student, family)
     save(adapted, tmp_path / "adapter", adapter=True, base=str(tmp_path / "original"))
-    torch.testing.assert_close(logits(load(tmp_path / "adapter"), tokens), logits(adapted, tokens), **LOGITS)
+    found = logits(load(tmp_path / "adapter"), tokens)  # with LoRA merged
+    torch.testing.assert_close(found, logits(adapted, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
@@ -289,7 +290,9 @@ class TestRefusals:
         )
 
     def test_more_than_text(self):
-        with pytest.raises(LinearizeError, match="model_type 'gemma3' reads more than text; give a model of text alone"):
+        with pytest.raises(
+            LinearizeError, match="model_type 'gemma3' reads more than text; give a model of text alone"
+        ):
             family_of(CONFIG_MAPPING["gemma3"]())
 
     def test_attention_that_sees_the_future(self):
