@@ -5,8 +5,8 @@
 
 with Z = Z_near + Z_far the denominator of softmax, split at the student's own window and sinks as in
 `linearize.kernels.near_far.reference`, and r the share of the state in the student's own mix; a learned sink counts
-with the sinks. The three sum to 1. They are means over the queries that have something older to look at. A state that is
-bypassed shows at a glance: its `older` is near 0 where the original's is not, whatever the perplexity says.
+with the sinks. The three sum to 1. They are means over the queries that have something older to look at. A state that
+is bypassed shows at a glance: its `older` is near 0 where the original's is not, whatever the perplexity says.
 
 Each row is read on its own hidden states. Z_near and Z_far come from streamed log-sum-exps, never a T x T map; for the
 original that is quadratic in time, as its attention is. The state of a mixer that every token enters (`Recurrent`) has

@@ -366,9 +366,8 @@ def _kernels(
         from linearize.errors import LinearizeError
 
         raise LinearizeError(f"{name}: backend 'reference' has no streamed form; use 'auto', 'torch' or 'triton'")
-    if (
-        not q.numel() or choose_backend(backend, q, v, num_features, obstacle) == "torch"
-    ):  # nothing to do needs no kernel
+    # Nothing to do needs no kernel.
+    if not q.numel() or choose_backend(backend, q, v, num_features, obstacle) == "torch":
         return None
     from . import triton_transfer
 
