@@ -1,6 +1,7 @@
 """`convert` and its inverse: plan, check, apply. Nothing is changed before every check has passed."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
         setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
     install(model)
     decoder = model.get_submodule(family.decoder)
-    hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
+    names = tuple(inspect.signature(decoder.forward).parameters)
+    hook = _BeforeDecoder(switch, indices, names, all_converted=len(indices) == geometry.layers)
     hooks = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if not family.hands_down:
         hooks += [layers[index].register_forward_pre_hook(_hand_down, with_kwargs=True) for index in indices]
@@ -260,14 +262,14 @@ def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
 class _BeforeDecoder:
     """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
 
-    def __init__(self, switch: Switch, layers: list[int], all_converted: bool):
+    def __init__(self, switch: Switch, layers: list[int], names: tuple[str, ...], all_converted: bool):
         self.switch = switch
         self.layers = layers
+        self.names = names  # of the decoder's arguments, in their order
         self.all_converted = all_converted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if not self.switch.converted and self.switch.observer is None:
             return (), kwargs

@@ -226,6 +226,28 @@ def test_training_with_checkpointing(family):
         torch.testing.assert_close(got, expected[name], rtol=0, atol=1e-5 * float(expected[name].abs().max()))
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "stablelm", "gpt_neox"])
+def test_packed_documents_are_texts_of_their_own(family):
+    student, first, second = make_student(family, "normalizer"), make_tokens(1, 15), make_tokens(1, 22, seed=9)
+    positions = torch.cat([torch.arange(15), torch.arange(22)])[None]
+    packed = logits(student, torch.cat([first, second], dim=1), position_ids=positions)
+    expected = torch.cat([logits(student, first), logits(student, second)], dim=1)
+    torch.testing.assert_close(packed, expected, **LOGITS)
+
+
+def test_arguments_of_the_decoder_by_place():
+    """GPT-NeoX has embeddings before the cache, others behind it."""
+    for family in ("gpt_neox", "llama"):
+        student, tokens = make_student(family, "gate"), make_tokens(1, 20)
+        decoder = student.get_submodule(KNOWN[family].decoder)
+        with torch.no_grad():
+            expected = decoder(tokens).last_hidden_state
+            cache = decoder(tokens[:, :9], use_cache=True).past_key_values
+            place = [None, cache] if family == "gpt_neox" else [cache, None]
+            rest = decoder(tokens[:, 9:], None, None, *place).last_hidden_state
+        torch.testing.assert_close(rest, expected[:, 9:], **LOGITS)
+
+
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_inspected_bytes_are_those_of_a_real_cache(family):
     config, contexts = LinearizeConfig(window=4, sinks=2), (5, 30)

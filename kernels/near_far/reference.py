@@ -13,8 +13,9 @@ For a query at position t of its row, in chunk c = t // W, the keys at positions
 
 With mix "normalizer" that is one softmax denominator: o = (sum_near e v + exp(mix_logit) sum_far f v) /
 (Z_near + exp(mix_logit) n). Under "peak" near weights count from the largest, exp(scale q.k_i - max), so the far mass
-is compared with a number between 1 and that of the near keys, whatever the size of the logits. Positions count a row's
-real tokens, so padding is in no set. For mixers that keep every token in their state see `mixers.recurrent`.
+is compared with a number between 1 and that of the near keys, whatever the size of the logits; a learned sink is one of
+them. Positions count a row's real tokens, so padding is in no set. For mixers that keep every token in their state see
+`mixers.recurrent`.
 
 Source: linear attention, Katharopoulos et al. 2020 (arXiv 2006.16236); shared denominator of window and linear
 attention, and "peak", LoLCATs (arXiv 2410.10254), equation 6; sinks, StreamingLLM (arXiv 2309.17453).
