@@ -143,7 +143,7 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     install(model)
     decoder = model.get_submodule(family.decoder)
     names = tuple(inspect.signature(decoder.forward).parameters)
-    hook = _BeforeDecoder(switch, indices, names, all_converted=len(indices) == geometry.layers)
+    hook = _BeforeDecoder(switch, indices, names, family.packs, all_converted=len(indices) == geometry.layers)
     hooks = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if not family.hands_down:
         hooks += [layers[index].register_forward_pre_hook(_hand_down, with_kwargs=True) for index in indices]
@@ -262,10 +262,11 @@ def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
 class _BeforeDecoder:
     """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
 
-    def __init__(self, switch: Switch, layers: list[int], names: tuple[str, ...], all_converted: bool):
+    def __init__(self, switch: Switch, layers: list[int], names: tuple[str, ...], packs: bool, all_converted: bool):
         self.switch = switch
         self.layers = layers
         self.names = names  # of the decoder's arguments, in their order
+        self.packs = packs
         self.all_converted = all_converted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -280,6 +281,11 @@ class _BeforeDecoder:
         attention = model_config._attn_implementation or ""
         kwargs["near_far_mask"] = _new_tokens_mask(kwargs.get("attention_mask"), tokens.shape[1])
         kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
+        if kwargs["near_far_documents"] is not None and not self.packs:
+            raise LinearizeError(
+                f"position_ids: they restart inside a row (packed documents), which {type(decoder).__name__} does not "
+                "tell apart; give each document its own row, padded, with an attention_mask"
+            )
         if not self.switch.converted:
             return (), kwargs
 

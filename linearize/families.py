@@ -33,6 +33,7 @@ class Family:
         sink: parameter of the attention module with a logit a head that counts in the denominator and has no value.
         cache: argument of the attention module that takes the cache.
         hands_down: decoder layers pass arguments that they do not know to their attention.
+        packs: the decoder tells packed documents apart, by positions that restart in a row.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Family:
     sink: str | None = None
     cache: str = "past_key_values"
     hands_down: bool = True
+    packs: bool = True
 
     @property
     def decoder(self) -> str:
@@ -87,7 +89,7 @@ FAMILIES: dict[str, Family] = {
         Family("phi3", "Phi 3, Phi 3.5, Phi 4", projections=("qkv_proj",), fused="blocks"),
         Family("olmo2", "OLMo 2", qk_norm="whole"),
         Family("smollm3", "SmolLM3", rotary_if="use_rope"),
-        Family("gpt_oss", "GPT-OSS", rotary="once", sink="sinks"),
+        Family("gpt_oss", "GPT-OSS", rotary="once", sink="sinks", packs=False),
         Family("granite", "Granite 3"),
         Family("cohere", "Command R, Aya", rotary="pairs", qk_norm="head", norms_if="use_qk_norm"),
         Family(
