@@ -61,8 +61,7 @@ def one_token(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = q.reshape(batch, kv_heads, heads // kv_heads, -1)  # (B, K, G, D): a group is rows of one matrix
     sink = None if sink_logit is None else sink_logit.view(kv_heads, heads // kv_heads, 1)
-    near = queries, memory.keys, memory.values, hidden, scale, soft_cap, sink
-    out, lse = _attend(*near, from_peak=mix == "peak")
+    out, lse = _attend(queries, memory.keys, memory.values, hidden, scale, mix == "peak", soft_cap, sink)
     out, lse = out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
     if mixer is not None and far:
         state = wide(memory.state)
@@ -80,9 +79,9 @@ def _attend(
     v: Tensor,
     hidden: Tensor,
     scale: float,
-    soft_cap: float | None,
-    sink: Tensor | None,
     from_peak: bool,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q.k + hidden) v and its log Z, less the largest logit where `from_peak`.
 
