@@ -4,9 +4,9 @@
     student       sinks = (1 - r) Z_sinks / Z_near     window = (1 - r) (Z_near - Z_sinks) / Z_near     older = r
 
 with Z = Z_near + Z_far the denominator of softmax, split at the student's own window and sinks as in
-`linearize.kernels.near_far.reference`, and r the share of the state in the student's own mix. The three sum to 1. They
-are means over the queries that have something older to look at. A state that is bypassed shows at a glance: its `older`
-is near 0 where the original's is not, whatever the perplexity says.
+`linearize.kernels.near_far.reference`, and r the share of the state in the student's own mix; a learned sink counts
+with the sinks. The three sum to 1. They are means over the queries that have something older to look at. A state that
+is bypassed shows at a glance: its `older` is near 0 where the original's is not, whatever the perplexity says.
 
 Each row is read on its own hidden states. Z_near and Z_far come from streamed log-sum-exps, never a T x T map; for the
 original that is quadratic in time, as its attention is. The state of a mixer that every token enters (`Recurrent`) has
@@ -24,7 +24,7 @@ from linearize.attention import Observation
 from linearize.benchmarks.inference import TOKENS_AT_ONCE, device_of, hidden_states, inference
 from linearize.convert import converted_layers, is_converted, switch_of
 from linearize.distill.objectives import FarTarget, first_far_query
-from linearize.kernels.near_far.chunked import far_log_odds, near_chunked, pad_to_chunks
+from linearize.kernels.near_far.chunked import capped, far_log_odds, near_chunked, pad_to_chunks
 from linearize.kernels.near_far.mixers import Recurrent
 from linearize.kernels.near_far.ops import far_read
 
@@ -58,7 +58,7 @@ def student_shares(seen: Observation) -> Tensor:
     length = seen.q.shape[2]
     q, k, v = (pad_to_chunks(x, config.window) for x in (seen.q, seen.k, seen.v))
     sinks = k[:, :, : config.sinks], v[:, :, : config.sinks]
-    _, near_lse = near_chunked(q, k, v, *sinks, window=config.window, scale=layer.scaling)
+    _, near_lse = near_chunked(q, k, v, *sinks, window=config.window, **layer.softmax)
     logit = layer.mix_logit(q)
     if layer.mixer is None or logit is None:
         older = torch.zeros_like(near_lse)
@@ -68,7 +68,7 @@ def student_shares(seen: Observation) -> Tensor:
         _, log_mass = far_read(q, k, v, layer.mixer, window=config.window, sinks=config.sinks)
         mix_lse = near_lse
         if config.mix == "peak":
-            _, mix_lse = near_chunked(q, k, v, *sinks, window=config.window, scale=layer.scaling, from_peak=True)
+            _, mix_lse = near_chunked(q, k, v, *sinks, window=config.window, **layer.softmax, from_peak=True)
         older = far_log_odds(mix_lse, log_mass, logit, config.mix).sigmoid()
     return _split(seen, older[:, :, :length], near_lse[:, :, :length])
 
@@ -79,7 +79,10 @@ def _split(seen: Observation, older: Tensor, near_lse: Tensor) -> Tensor:
     # The scale goes to the queries, in the dtype of the sums: as the near side has it.
     q = (seen.q.to(near_lse.dtype) * seen.layer.scaling).unflatten(1, (seen.k.shape[1], -1))
     keys = seen.k[:, :, None, :sinks].to(near_lse.dtype)
-    lse = (q @ keys.transpose(-1, -2)).flatten(1, 2).logsumexp(-1)
+    lse = capped(q @ keys.transpose(-1, -2), seen.layer.soft_cap).flatten(1, 2).logsumexp(-1)
+    sink_logit = seen.layer.softmax["sink_logit"]
+    if sink_logit is not None:
+        lse = torch.logaddexp(lse, sink_logit.to(lse.dtype)[:, None])
     # A query among the sinks sees nothing else: its share is 1, whatever the sinks behind it would add.
     share = (lse - near_lse).exp().clamp(max=1.0)
     return torch.stack([(1 - older) * share, (1 - older) * (1 - share), older])

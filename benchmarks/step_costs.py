@@ -123,10 +123,13 @@ def model_costs(model_config: Any, conversion: LinearizeConfig | None, dtype: st
     if is_converted(model):  # the configuration of a whole student builds one
         revert(model)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    parameters = list(model.parameters())  # a tied head once
-    numbers = sum(x.numel() for x in parameters)
+    parameters = dict(model.named_parameters())  # a tied head once
+    numbers = sum(x.numel() for x in parameters.values())
     tied = head is table
-    matrices = sum(x.numel() for x in parameters if x.ndim == 2 and x is not table and x is not head)
+    experts = sum(x.numel() for name, x in parameters.items() if ".experts." in name)
+    others = [x for name, x in parameters.items() if ".experts." not in name and x is not table and x is not head]
+    used = experts * _used_experts(model_config)
+    matrices = sum(x.numel() for x in others if x.ndim == 2) + used
     layers = range(geometry_of(model_config).layers)
     added = keys = 0
     converted: tuple[int, ...] = ()
@@ -142,13 +145,19 @@ def model_costs(model_config: Any, conversion: LinearizeConfig | None, dtype: st
         conversion=conversion,
         dtype=dtype,
         weight_bytes=element * numbers + FLOAT * added,
-        read_bytes=element * (numbers - (0 if tied else table.numel())) + FLOAT * (added - folded),
+        read_bytes=element * (numbers - experts + used - (0 if tied else table.numel())) + FLOAT * (added - folded),
         row_bytes=0 if tied else element * table.shape[1],
-        products=matrices,
+        products=round(matrices),
         head=head.numel(),
         converted=converted,
         kept=tuple(layer for layer in layers if layer not in converted),
     )
+
+
+def _used_experts(model_config: Any) -> float:
+    """The part of its experts that one token goes through; a batch reads no less."""
+    count = getattr(model_config, "num_experts", None) or getattr(model_config, "num_local_experts", None)
+    return model_config.num_experts_per_tok / count if count else 1.0
 
 
 def step_bytes(costs: ModelCosts, context: int, batch: int = 1) -> StepBytes:

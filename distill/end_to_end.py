@@ -26,6 +26,7 @@ from linearize.distill.options import DistillOptions, ExtendOptions
 from linearize.distill.sharding import shard_frozen
 from linearize.distill.teacher_cache import TeacherCache
 from linearize.errors import LinearizeError
+from linearize.families import family_of
 from linearize.rows import CONTROL, WINDOW, untrained
 
 __all__ = [
@@ -302,8 +303,9 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
     """The model with a fresh LoRA adapter, active; an adapter of that name from an earlier stage goes on."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    targets = family_of(base_model(model).config).modules(options.lora_targets)
     names = [module_name for module_name, _ in base_model(model).named_modules()]
-    unknown = [x for x in options.lora_targets if not any(f".{known}".endswith(f".{x}") for known in names)]
+    unknown = [x for x in targets if not any(f".{known}".endswith(f".{x}") for known in names)]
     if unknown:
         known = sorted({leaf for x in names if (leaf := x.rpartition(".")[2]).endswith("_proj")})
         raise LinearizeError(
@@ -312,7 +314,7 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        target_modules=list(options.lora_targets),
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
     if not isinstance(model, PeftModel):

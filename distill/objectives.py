@@ -53,17 +53,17 @@ class FarTarget:
     @torch.no_grad()
     def __init__(self, seen: Observation):
         config = seen.layer.linearize_config
-        window, sinks, scale = config.window, config.sinks, seen.layer.scaling
+        window, sinks, softmax = config.window, config.sinks, seen.layer.softmax
         rows = pack_rows(seen.mask, *(x.detach() for x in (seen.q, seen.k, seen.v)))
         batch, _, length, _ = rows[0].shape
         self.documents = seen.documents
         self.q, self.k, self.v = rows if self.documents is not None else (pad_to_chunks(x, window) for x in rows)
         self.near, self.near_lse, self.far, self.far_lse = split_attention(
-            self.q, self.k, self.v, window=window, sinks=sinks, scale=scale, documents=self.documents
+            self.q, self.k, self.v, window=window, sinks=sinks, **softmax, documents=self.documents
         )
         self.mix_lse = self.near_lse
         if config.mix == "peak":
-            self.mix_lse = self._lse_from_peak(window, sinks, scale)
+            self.mix_lse = self._lse_from_peak(window, sinks, softmax)
         self.far_log_odds = self.far_lse - self.near_lse
         self.far_share = self.far_log_odds.sigmoid()
         self.out = torch.lerp(self.near, self.far, self.far_share[..., None])
@@ -74,13 +74,13 @@ class FarTarget:
         lengths = torch.full((batch,), length, device=position.device) if seen.mask is None else seen.mask.sum(-1)
         self.counted = ((position >= first_far_query(config)) & (position < lengths[:, None]))[:, None]
 
-    def _lse_from_peak(self, window: int, sinks: int, scale: float) -> Tensor:
+    def _lse_from_peak(self, window: int, sinks: int, softmax: dict[str, Any]) -> Tensor:
         """log Z_near less the largest near logit, (B, H, T')."""
 
         def lse(rows: tuple[Tensor, ...]) -> Tensor:
             q, k, v = (pad_to_chunks(x, window) for x in rows)
             first = k[:, :, :sinks], v[:, :, :sinks]
-            _, found = near_chunked(q, k, v, *first, window=window, scale=scale, from_peak=True)
+            _, found = near_chunked(q, k, v, *first, window=window, **softmax, from_peak=True)
             return found[:, :, : rows[0].shape[2], None]
 
         rows = self.q, self.k, self.v
@@ -161,6 +161,7 @@ def weights_loss(seen: Observation, target: FarTarget | None = None) -> Tensor:
         window=config.window,
         sinks=config.sinks,
         scale=seen.layer.scaling,
+        soft_cap=seen.layer.soft_cap,
         documents=target.documents,
     )
     return _mean(_share_divergence(seen, target, log_mass) + target.far_share * within, target.counted)
@@ -225,7 +226,7 @@ def _student_out(seen: Observation, target: FarTarget) -> Tensor:
 
 def _projection(seen: Observation) -> Tensor:
     """The weight (hidden, H V) of the layer's output projection, LoRA included; no gradient."""
-    projection: Any = seen.layer.o_proj
+    projection: Any = seen.layer.output
     if not hasattr(projection, "get_base_layer"):
         return projection.weight.detach()
     weight = projection.get_base_layer().weight.detach()

@@ -175,7 +175,8 @@ class DistillOptions(Record):
         train: `"lora"`, or patterns of parameter names (as in a shell: `*`, `?`) that are trained in full.
         lora_rank: rank of the LoRA matrices.
         lora_alpha: LoRA's scale is lora_alpha / lora_rank.
-        lora_targets: names of the modules that get LoRA.
+        lora_targets: names of the modules that get LoRA. q_proj, k_proj, v_proj and o_proj stand for whatever the
+            model's family has in their place, such as one projection for q, k and v.
         checkpointing: keep only the layers' inputs for the backward pass and compute the rest again: less memory, about
             a third more time.
         checkpoint_minutes: minutes between checkpoints.

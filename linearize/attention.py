@@ -95,13 +95,6 @@ class ConvertedAttention(nn.Module):
     it shares the weights, runs when the conversion is switched off, and is what `revert` puts back.
     """
 
-    # Adopted; later perhaps wrapped in an adapter. The norms exist only where `qk_norm` is true.
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
     mixer: Mixer | None
     mix: Mix | None
 
@@ -118,17 +111,23 @@ class ConvertedAttention(nn.Module):
         self.head_dim = geometry.head_dim
         self.scaling = cast(float, original.scaling)
         self.linearize_config = config
-        self.qk_norm = family.qk_norm
+        self.family = family
+        self.geometry = geometry
+        self.qk_norm = family.qk_norm_of(original)
+        self.rotates = family.rotary_if is None or bool(getattr(original, family.rotary_if))
+        self.soft_cap = None if family.soft_cap is None else cast(float | None, getattr(original, family.soft_cap))
         self.switch = switch
         for name, child in original.named_children():
             self.add_module(name, child)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
         self._original = (original,)  # in a tuple, so that it is no submodule
 
         self.mixer = None
         self.mix = None
         mixer_class = MIXERS[config.mixer]
         if mixer_class is not None:
-            with torch.device(self.q_proj.weight.device):
+            with torch.device(next(original.parameters()).device):
                 scale = {} if config.feature_scale is None else {"scale": config.feature_scale}
                 sizes = geometry.heads, geometry.kv_heads, geometry.head_dim, config.feature_dim
                 self.mixer = mixer_class(*sizes, **scale)
@@ -137,12 +136,25 @@ class ConvertedAttention(nn.Module):
 
     @property
     def original(self) -> nn.Module:
-        """The attention module that this one replaced, with the submodules that this one has now: an adapter that
-        has wrapped a projection since then counts in both."""
+        """The attention module that this one replaced, with the submodules and parameters that this one has now: an
+        adapter that has wrapped a projection since then counts in both."""
         original = self._original[0]
         for name in original._modules:
             original._modules[name] = self._modules[name]
+        for name in original._parameters:
+            original._parameters[name] = self._parameters[name]
         return original
+
+    @property
+    def output(self) -> nn.Module:
+        """The output projection: a linear layer, or an adapter around one."""
+        return cast(nn.Module, getattr(self, self.family.output))
+
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """How the original makes weights of q.k: the options `scale`, `soft_cap` and `sink_logit` of the kernels."""
+        sink = None if self.family.sink is None else getattr(self, self.family.sink)
+        return {"scale": self.scaling, "soft_cap": self.soft_cap, "sink_logit": sink}
 
     def train(self, mode: bool = True) -> "ConvertedAttention":
         """As for any module; the original, which is no submodule, follows: its attention may have dropout."""
@@ -167,7 +179,7 @@ class ConvertedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         near_far_mask: Tensor | None = None,
@@ -176,10 +188,15 @@ class ConvertedAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states (B, T, hidden) -> (B, T, hidden), None.
 
+        position_embeddings: cosines and sines, (B, T, D) each or as many channels as turn.
         near_far_mask: (B, T) bool, true for real tokens; None where all are real. near_far_documents: where several
         documents lie in a row; each is a sequence of its own. `attention_mask` is the original's
         4-D mask and is used only when the conversion is off.
         """
+        if self.family.cache in kwargs:
+            past_key_values = kwargs.pop(self.family.cache)
+        if not self.family.hands_down:  # see `linearize.convert`
+            *position_embeddings, near_far_mask, near_far_documents = position_embeddings
         if not self.switch.converted:
             if self.switch.observer is not None:
                 q, k, v = self._project(hidden_states)
@@ -188,12 +205,12 @@ class ConvertedAttention(nn.Module):
                     seen = Observation(self, q.to(v.dtype), k.to(v.dtype), v, near_far_mask, near_far_documents)
                     out = self.switch.observer(seen)
                 if out is not None:
-                    return self.o_proj(out.to(v.dtype).transpose(1, 2).flatten(2)), None
+                    return self.output(out.to(v.dtype).transpose(1, 2).flatten(2)), None
             return self.original(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{self.family.cache: past_key_values},
                 **kwargs,
             )
         if self._offloaded and not hidden_states.is_meta:
@@ -214,7 +231,7 @@ class ConvertedAttention(nn.Module):
                 q, k = (torch.cat([x, y.to(x.dtype)], dim=-1) for x, y in zip((q, k), plain, strict=True))
             out = self._attend(q, k, v, logit, past_key_values, near_far_mask, near_far_documents)
         out = out.transpose(1, 2).flatten(2)
-        return self.o_proj(out), None
+        return self.output(out), None
 
     def _attend(
         self,
@@ -232,8 +249,8 @@ class ConvertedAttention(nn.Module):
             "window": self.switch.windows.get(self.layer_idx) or self.linearize_config.window,
             "sinks": self.linearize_config.sinks,
             "mix": self.linearize_config.mix,
-            "scale": self.scaling,
             "mask": near_far_mask,
+            **self.softmax,
         }
         if past_key_values is None:
             return near_far_attention(q, k, v, self.mixer, mix_logit, **options, cu_seqlens=documents)
@@ -247,17 +264,37 @@ class ConvertedAttention(nn.Module):
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """q (B, H, T, D), k and v (B, K, T, D), as the original attention has them before the rotary embedding."""
-        q, k, v = (
-            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return tuple(x.transpose(1, 2) for x in (q, k, v))
+        made = [getattr(self, name)(hidden_states) for name in self.family.projections]
+        heads, kv_heads = self.geometry.heads, self.geometry.kv_heads
+        if self.family.fused == "heads":
+            made = made[0].unflatten(-1, (heads, 3, self.head_dim)).unbind(-2)
+        elif self.family.fused == "blocks":
+            made = made[0].split([n * self.head_dim for n in (heads, kv_heads, kv_heads)], dim=-1)
+        norms = [getattr(self, name) for name in self.family.norms] if self.qk_norm else []
+        if self.qk_norm == "whole":
+            made = [norms[0](made[0]), norms[1](made[1]), made[2]]
+        if self.family.fused != "heads":
+            made = [x.unflatten(-1, (-1, self.head_dim)) for x in made]
+        if self.qk_norm == "head":
+            made = [norms[0](made[0]), norms[1](made[1]), made[2]]
+        q, k, v = (x.transpose(1, 2) for x in made)
+        if self.qk_norm == "transposed":
+            q, k = norms[0](q), norms[1](k)
+        return q, k, v
 
     def _rotate(self, position_embeddings: tuple[Tensor, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """q and k (B, heads, T, D) after the rotary embedding."""
+        """q and k (B, heads, T, D) after the rotary embedding, which may turn the first channels of a head only."""
+        if not self.rotates:
+            return tensors
         cos, sin = (x[:, None] for x in position_embeddings)
-        return tuple(x * cos + _rotate_half(x) * sin for x in tensors)
+        if self.family.rotary == "once":
+            cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        quarter = _quarter_pairs if self.family.rotary == "pairs" else _quarter_halves
+        size = cos.shape[-1]
+        turned = (x[..., :size] * cos + quarter(x[..., :size]) * sin for x in tensors)
+        if size == self.head_dim:
+            return tuple(turned)
+        return tuple(torch.cat([y, x[..., size:].to(y.dtype)], dim=-1) for x, y in zip(tensors, turned, strict=True))
 
     def mix_logit(self, q: Tensor) -> Tensor | None:
         """Log-odds of the far side: the mix's for q (B, H, T, D), or what the switch puts in its place (H,)."""
@@ -274,7 +311,12 @@ class ConvertedAttention(nn.Module):
         return torch.full(q.shape[1:2], logit, dtype=accumulation_dtype(q), device=q.device)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def _quarter_halves(x: Tensor) -> Tensor:
     """(..., D): the second half negated, before the first (rotary embedding, arXiv 2104.09864, in halves)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
+
+
+def _quarter_pairs(x: Tensor) -> Tensor:
+    """(..., D): of each two neighbours the second negated, before the first (the same, in pairs)."""
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)

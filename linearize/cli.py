@@ -531,6 +531,17 @@ def doctor() -> None:
 
 
 @app.command(cls=PlainCommand)
+def families() -> None:
+    """Show the families of models that can be converted, what the attention of each has of its own, and which cannot.
+
+    Example: linearize families
+    """
+    from linearize.tables import print_families
+
+    print_families()
+
+
+@app.command(cls=PlainCommand)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],

@@ -1,6 +1,7 @@
 """`convert` and its inverse: plan, check, apply. Nothing is changed before every check has passed."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,8 +143,12 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
         setattr(layers[index], family.attention, ConvertedAttention(original, config, family, geometry, switch))
     install(model)
     decoder = model.get_submodule(family.decoder)
-    hook = _BeforeDecoder(switch, indices, all_converted=len(indices) == geometry.layers)
-    cast(Any, model)._linearize = (switch, indices, decoder.register_forward_pre_hook(hook, with_kwargs=True))
+    names = tuple(inspect.signature(decoder.forward).parameters)
+    hook = _BeforeDecoder(switch, indices, names, family.packs, all_converted=len(indices) == geometry.layers)
+    hooks = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
+    if not family.hands_down:
+        hooks += [layers[index].register_forward_pre_hook(_hand_down, with_kwargs=True) for index in indices]
+    cast(Any, model)._linearize = (switch, indices, hooks)
 
 
 def revert(model: Any) -> Any:
@@ -163,7 +168,8 @@ def revert(model: Any) -> Any:
     for index, layer in layers.items():
         setattr(decoder_layers[index], family.attention, layer.original)
     remove(base)
-    base._linearize[2].remove()
+    for hook in base._linearize[2]:
+        hook.remove()
     del base._linearize
     base.__dict__.pop("_linearize_sample", None)
     made = type(base)
@@ -257,14 +263,15 @@ def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
 class _BeforeDecoder:
     """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
 
-    def __init__(self, switch: Switch, layers: list[int], all_converted: bool):
+    def __init__(self, switch: Switch, layers: list[int], names: tuple[str, ...], packs: bool, all_converted: bool):
         self.switch = switch
         self.layers = layers
+        self.names = names  # of the decoder's arguments, in their order
+        self.packs = packs
         self.all_converted = all_converted
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if tokens is None or (not self.switch.converted and self.switch.observer is None):
             return (), kwargs  # transformers has an error of its own for no tokens at all
@@ -283,6 +290,11 @@ class _BeforeDecoder:
         kwargs["near_far_documents"] = None
         if packed:
             kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
+        if kwargs["near_far_documents"] is not None and not self.packs:
+            raise LinearizeError(
+                f"position_ids: they restart inside a row (packed documents), which {type(decoder).__name__} does not "
+                "tell apart; give each document its own row, padded, with an attention_mask"
+            )
         if not self.switch.converted:
             return (), kwargs
 
@@ -306,6 +318,13 @@ def _apart(masks: dict[str, Any]) -> tuple[Any, Any]:
     """(what the original's layers take, the new tokens' mask) of masks made by `create_masks_for_generate`."""
     rest = {name: mask for name, mask in masks.items() if name != NEW_TOKENS_MASK}
     return rest.get(ORIGINAL_MASK, rest or None), masks[NEW_TOKENS_MASK]
+
+
+def _hand_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Runs before a decoder layer that does not hand arguments down to its attention: what a converted one needs goes
+    behind cosines and sines. As an argument, so that a checkpointed layer has it again in the backward pass."""
+    own = kwargs.get("near_far_mask"), kwargs.get("near_far_documents")
+    return args, kwargs | {"position_embeddings": (*kwargs["position_embeddings"], *own)}
 
 
 def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
@@ -409,26 +428,20 @@ def _check_modules(model: Any, config: LinearizeConfig) -> None:
 
 
 def _check_attention(attention: nn.Module, index: int, family: Family, geometry: Geometry) -> None:
-    sizes = {
-        "q_proj": geometry.heads * geometry.head_dim,
-        "k_proj": geometry.kv_heads * geometry.head_dim,
-        "v_proj": geometry.kv_heads * geometry.head_dim,
-    }
-    norms = {"q_norm", "k_norm"} if family.qk_norm else set()
-    known = {*sizes, "o_proj", *norms}
-    children = {name for name, _ in attention.named_children()}
-    own = [name for name, _ in attention.named_parameters(recurse=False)]
-    if children != known or own:
+    _check_parts(attention, index, family)
+    place, scaling = getattr(attention, "layer_idx", None), getattr(attention, "scaling", None)
+    if place != index or not isinstance(scaling, float | int):
         raise LinearizeError(
-            f"layer {index}: {type(attention).__name__} has {sorted(children | set(own))} but a {family.model_type} "
-            f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
+            f"layer {index}: {type(attention).__name__} has layer_idx {place!r} and scaling {scaling!r}; a converted "
+            "layer needs its index and a number"
         )
-    if getattr(attention, "layer_idx", None) != index or not isinstance(getattr(attention, "scaling", None), float):
+    if not getattr(attention, "is_causal", True):
         raise LinearizeError(
-            f"layer {index}: {type(attention).__name__} has layer_idx {getattr(attention, 'layer_idx', None)!r} and "
-            f"scaling {getattr(attention, 'scaling', None)!r}; a converted layer needs its index and a float"
+            f"layer {index}: {type(attention).__name__} sees the future, which a window and a state do not; use a "
+            "causal model"
         )
-    for name in (*sizes, "o_proj"):
+    sizes = _sizes(family, geometry)
+    for name in family.linears:
         proj = getattr(attention, name)
         linear = proj.get_base_layer() if hasattr(proj, "get_base_layer") else proj
         if type(linear) is not nn.Linear:
@@ -442,6 +455,28 @@ def _check_attention(attention: nn.Module, index: int, family: Family, geometry:
                 f"{geometry.heads} heads, {geometry.kv_heads} key-value heads and head_dim {geometry.head_dim}; "
                 "correct the config"
             )
+
+
+def _check_parts(attention: nn.Module, index: int, family: Family) -> None:
+    """The attention's submodules and parameters are those that its family has, and no others."""
+    known = {*family.linears, *(() if family.sink is None else (family.sink,))}
+    if family.qk_norm_of(attention):
+        known |= set(family.norms)
+    found = {name for name, _ in attention.named_children()}
+    found |= {name for name, _ in attention.named_parameters(recurse=False)}
+    if found != known:
+        raise LinearizeError(
+            f"layer {index}: {type(attention).__name__} has {sorted(found)} but a {family.model_type} "
+            f"attention has {sorted(known)}; its family needs an entry of its own in linearize/families.py"
+        )
+
+
+def _sizes(family: Family, geometry: Geometry) -> dict[str, int]:
+    """Outputs of every projection before the attention."""
+    counts = [geometry.heads, geometry.kv_heads, geometry.kv_heads]
+    if family.fused:
+        counts = [sum(counts)]
+    return {name: heads * geometry.head_dim for name, heads in zip(family.projections, counts, strict=True)}
 
 
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:

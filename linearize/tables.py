@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "print_bench",
     "print_evaluation",
+    "print_families",
     "print_inspection",
     "print_json",
     "print_regression",
@@ -48,6 +49,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(table)
+
+
+def print_families() -> None:
+    """The known families, and those that are refused by name."""
+    from linearize.families import FAMILIES, REFUSED, own_features
+
+    rows = [[name, family.models, "; ".join(own_features(family)) or "-"] for name, family in FAMILIES.items()]
+    print_table("Families that can be converted", ["model_type", "models", "attention, beside Llama's"], rows)
+    print("Tested on small random models: with a window that covers the text, the converted model is the original.")
+    print("Layers that have a sliding window of their own stay as they are. Refused:")
+    for why in dict.fromkeys(REFUSED.values()):
+        print(f"  {', '.join(name for name in REFUSED if REFUSED[name] == why)}: {why}")
 
 
 def print_inspection(plan: "Inspection") -> None:

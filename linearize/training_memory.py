@@ -43,6 +43,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_COPIES = 2  # tensors of the size and dtype of a batch's logits, see linearize.distill.end_to_end
 ROWS_AT_ONCE = 128  # of logits in float32, see linearize.distill.logit_losses
 ROW_COPIES = 9  # float32 tensors of those rows at a time
+# Families that plans were compared with real trainings of; others have experts, other norms, MLPs or whole maps.
+MEASURED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "cohere")
 FUSED = 128  # up to this head_dim and feature_dim the Triton kernels make hedgehog's features themselves
 
 
@@ -123,6 +125,8 @@ class _Sizes:
     decoder: int
     largest: int
     largest_added: int
+    projections: tuple[str, ...]
+    output: str
     targets: tuple[str, ...]
     rank: int
 
@@ -157,7 +161,7 @@ def training_memory(
 
     Raises:
         LinearizeError: an unknown dtype or backend, a number below 1, `fsdp` with one process, LoRA targets that name
-            no module, or what `convert` would refuse.
+            no module, a family that is not among `MEASURED`, or what `convert` would refuse.
     """
     if dtype not in DTYPE_BYTES:
         raise LinearizeError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPE_BYTES)}")
@@ -195,6 +199,12 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
     from transformers import AutoModelForCausalLM
 
     geometry, family = geometry_of(model_config), family_of(model_config)
+    if family.model_type not in MEASURED:
+        raise LinearizeError(
+            f"train: the formulas have been measured on {', '.join(MEASURED)}, not on {family.model_type}; run a few "
+            "steps and look at their memory instead"
+        )
+    targets = family.modules(targets)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     original = sum(parameter.numel() for parameter in model.parameters())
@@ -223,7 +233,7 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
         vocab=model_config.vocab_size,
         layers=geometry.layers,
         converted=len(layers),
-        qk_norm=family.qk_norm,
+        qk_norm=any(layer.qk_norm is not None for layer in layers.values()),
         window=config.window,
         sinks=config.sinks,
         mixer=mixer is not None,
@@ -236,6 +246,8 @@ def _sizes(model_config: Any, config: LinearizeConfig, rank: int, targets: tuple
         decoder=decoder_size,
         largest=largest,
         largest_added=max((parameter.numel() for parameter in added.values()), default=0),
+        projections=family.projections,
+        output=family.output,
         targets=targets,
         rank=rank,
     )
@@ -319,7 +331,7 @@ def _kept_bytes(s: _Sizes, e: int, backend: str, full: bool, converted: bool) ->
     norms = 2 * FLOAT * s.hidden + (2 * e * s.hidden if full else 0)
     if s.qk_norm:
         norms += (q + k) * (FLOAT + (e if full else 0))
-    widths = {"q_proj": s.hidden, "k_proj": s.hidden, "v_proj": s.hidden, "o_proj": q}
+    widths = dict.fromkeys(s.projections, s.hidden) | {s.output: q}
     widths |= {"gate_proj": s.hidden, "up_proj": s.hidden, "down_proj": s.inner}
     # In float32 softmax attention's own output is what the output projection keeps.
     own_output = converted or (not full and e != FLOAT)
@@ -330,9 +342,9 @@ def _kept_bytes(s: _Sizes, e: int, backend: str, full: bool, converted: bool) ->
         shared = set()
         for target, width in widths.items():
             group = (
-                "out" if target == "o_proj" else "down" if target == "down_proj" else target in ("gate_proj", "up_proj")
+                "out" if target == s.output else "down" if target == "down_proj" else target in ("gate_proj", "up_proj")
             )
-            if target not in s.targets or (target == "o_proj" and not own_output) or (e == FLOAT and group in shared):
+            if target not in s.targets or (target == s.output and not own_output) or (e == FLOAT and group in shared):
                 continue
             shared.add(group)
             inputs += FLOAT * width

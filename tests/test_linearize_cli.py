@@ -38,6 +38,7 @@ COMMANDS = (
     ["bench", "kernels"],
     ["report"],
     ["doctor"],
+    ["families"],
     ["generate"],
 )
 ROOT = Path(__file__).resolve().parents[1]
@@ -530,7 +531,7 @@ class TestBadInputs:
             (["inspect", "./nowhere"], "model: no folder './nowhere', and it is not a hub name (owner/model)"),
             (["inspect", "nowhere.gguf"], "model: no file 'nowhere.gguf'; give the path of an existing .gguf file"),
             (["inspect", "EMPTY"], "has neither a config.json (a model) nor a linearize.json (a student)"),
-            (["inspect", "GPT2"], "model_type 'gpt2' is not among the known families (llama, mistral, qwen2, qwen3)"),
+            (["inspect", "GPT2"], "model_type 'gpt2' is not among the known families (cohere, gemma2, "),
             (["inspect", "MODEL", "--softmax-layers", "evry:4"], "softmax_layers: 'evry:4' is not understood; use"),
             (["inspect", "MODEL", "--softmax-layers", "0,9"], "layer 9 is out of range, the model has layers 0 to 1"),
             (["inspect", "MODEL", "--softmax-layers", "-1"], "layer -1 is out of range, the model has layers 0 to 1"),

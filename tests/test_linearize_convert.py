@@ -13,6 +13,7 @@ from tests.cost import LargestTensor, flops, growth_of_time, peak_bytes
 from tests.tiny_models import (
     FAMILIES,
     FAR,
+    OTHER_FAMILIES,
     make_config,
     make_model,
     make_student,
@@ -588,9 +589,8 @@ def classifier():
 
 
 FAMILY_ENTRY = (
-    "is not among the known families (llama, mistral, qwen2, qwen3); add an entry to linearize/families.py with its "
-    "model_type, the path of its decoder layers, the name of its attention module and whether q and k are normalised "
-    "per head"
+    f"is not among the known families ({', '.join(sorted(FAMILIES + OTHER_FAMILIES))}); add an entry to "
+    "linearize/families.py that says where its decoder layers and attention are, and what its attention has of its own"
 )
 # What is given, with which settings, and the whole message.
 BAD_MODELS = [

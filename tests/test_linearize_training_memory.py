@@ -65,6 +65,8 @@ CASES = [
     ("llama", "float32", "distill, full", "none", True, 500),
     ("llama", "float32", "distill, full", "every:2", False, 12000),
     ("mistral", "bfloat16", "distill, full", "none", False, 4000),
+    ("phi3", "bfloat16", "distill, lora", "none", False, 500),
+    ("olmo2", "float32", "distill, full", "every:2", False, 500),
 ]
 PLAIN = {"seq_len": 2048, "batch_size": 4}
 

@@ -6,12 +6,48 @@ import torch
 
 VOCAB = 128
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# These too, in tests/test_linearize_families.py.
+OTHER_FAMILIES = (
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "smollm3",
+    "gpt_oss",
+    "granite",
+    "cohere",
+    "stablelm",
+    "gpt_neox",
+)
+# The first layer slides, and stays as it is; two others are converted.
+_SLIDING: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 6,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 # Both ways of the language head occur, and a family whose head_dim does not follow from hidden_size.
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 32},
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "decoder_sparse_step": 2},
+    # Small caps, queries far from the usual scale.
+    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 8, "rope_parameters": _TWO_ROPES},
+    "phi3": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},
+    "olmo2": {"tie_word_embeddings": False},
+    "smollm3": {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1]},
+    "gpt_oss": {**_SLIDING, **_EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "granite": {"attention_multiplier": 0.4, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
+    "cohere": {"use_qk_norm": True, "logit_scale": 1.0},
+    "stablelm": {"qk_layernorm": True, "partial_rotary_factor": 0.5, "use_parallel_residual": True},
+    "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": None},
 }
 
 
@@ -45,7 +81,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     model = AutoModelForCausalLM.from_config(make_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.7, 1.3)

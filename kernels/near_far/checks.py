@@ -7,7 +7,7 @@ from ..backends import BACKENDS
 from .documents import Documents
 from .mixers import Mixer
 
-__all__ = ["MIXES", "check_documents", "check_inputs"]
+__all__ = ["MIXES", "check_documents", "check_inputs", "check_softmax", "softmax_obstacle"]
 
 MIXES = ("normalizer", "gate", "peak")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,6 +80,26 @@ def check_inputs(
         mask is None or mask.shape == (q.shape[0], q.shape[2]),
         f"mask has shape {None if mask is None else tuple(mask.shape)}; it needs {(q.shape[0], q.shape[2])}",
     )
+
+
+def check_softmax(q: Tensor, soft_cap: float | None, sink_logit: Tensor | None, function: str) -> None:
+    """Every check of the two, for queries (B, H, T, D)."""
+    from linearize.errors import LinearizeError
+
+    if soft_cap is not None and not soft_cap > 0:
+        raise LinearizeError(f"{function}: soft_cap {soft_cap} is not above 0; use None for no cap")
+    if sink_logit is not None and (sink_logit.shape != q.shape[1:2] or sink_logit.device != q.device):
+        raise LinearizeError(
+            f"{function}: sink_logit has shape {tuple(sink_logit.shape)} on {sink_logit.device}; it needs "
+            f"({q.shape[1]},), one a query head, on {q.device}"
+        )
+
+
+def softmax_obstacle(soft_cap: float | None, sink_logit: Tensor | None) -> str | None:
+    """What keeps the Triton kernels from such a softmax, in words; None where nothing does."""
+    if soft_cap is not None:
+        return "they know no soft cap of logits"
+    return None if sink_logit is None else "they know no learned sinks"
 
 
 def check_documents(cu_seqlens: Tensor | Documents | None, q: Tensor, mask: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .mixers import Mixer, State, accumulation_dtype
 
 __all__ = [
+    "capped",
     "far_chunked",
     "mix_near_far",
     "near_chunked",
@@ -47,6 +48,8 @@ def near_far_chunked(
     sinks: int = 0,
     mix: str = "normalizer",
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The same as `near_far_reference` in O(T (W + S + F V)) time and O(T (W + F V / W)) memory; without gradients a
@@ -65,7 +68,8 @@ def near_far_chunked(
         (mix_rows,) = pack_rows(mask, mix_logit[..., None])
         mix_logit = pad_to_chunks(mix_rows, window).squeeze(-1)
     rows = (q_rows, k_rows, v_rows, sink_k, sink_v)
-    out, *_ = near_far_rows(*rows, mixer, mix_logit, window=window, mix=mix, scale=scale)
+    own: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sink_logit": sink_logit}
+    out, *_ = near_far_rows(*rows, mixer, mix_logit, window=window, mix=mix, **own)
     return unpack_rows(mask, out[:, :, :length])
 
 
@@ -81,6 +85,8 @@ def near_far_rows(
     window: int,
     mix: str = "normalizer",
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     start: int | Tensor = 0,
     state: State | None = None,
     keep: int | Tensor | None = None,
@@ -93,7 +99,7 @@ def near_far_rows(
     or a mixer. The earlier one is of no meaning where `keep` is 0.
     """
     kv_heads, sinks = k.shape[1], sink_k.shape[2]
-    near = _Near(sink_k, sink_v, window, scale, start, from_peak=mix == "peak")
+    near = _Near(sink_k, sink_v, window, scale, start, mix == "peak", soft_cap, sink_logit)
     logits: Tensor | None = None
     if mixer is not None and mix_logit is not None:
         logits = (mix_logit[:, None] if mix_logit.ndim == 1 else mix_logit).expand(q.shape[:3])[..., None]
@@ -133,6 +139,8 @@ def near_chunked(
     *,
     window: int,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     start: int | Tensor = 0,
     from_peak: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -142,9 +150,10 @@ def near_chunked(
     start: position of the first token, a multiple of W; one a batch (int) or one a row (B,). Queries of the first
     chunk are right only where it is 0: the chunk before it is not among the keys.
     from_peak: give log Z_near less the largest near logit instead, which mix "peak" asks for.
+    soft_cap, sink_logit: as in `near_far_attention`.
     Returns o_near (B, H, T, V) and log Z_near (B, H, T), in the accumulation dtype.
     """
-    near = _Near(sink_k, sink_v, window, scale, start, from_peak)
+    near = _Near(sink_k, sink_v, window, scale, start, from_peak, soft_cap, sink_logit)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for first, q_block, k_block, v_block in _blocks(window, sink_k.shape[2], q, k, v):
@@ -214,13 +223,24 @@ def far_log_odds(lse: Tensor, log_mass: Tensor, mix_logit: Tensor | None, mix: s
     return torch.where(log_mass > -torch.inf, logit, -torch.inf)
 
 
-def softmax_lse(logits: Tensor, from_peak: bool = False) -> tuple[Tensor, Tensor]:
+def capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """soft_cap tanh(logits / soft_cap), which no logit exceeds; the logits themselves for None."""
+    return logits if soft_cap is None else (logits / soft_cap).tanh() * soft_cap
+
+
+def softmax_lse(logits: Tensor, from_peak: bool = False, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax of the last dimension, and log Z = log sum exp of it: (..., n) -> (..., n), (...).
+
+    sink: (..., 1), one more logit, which counts in Z and whose weight is left out.
 
     The largest weight of a row is 1 / sum exp(logits - m), with m its largest logit: log Z = m - log of that weight.
     Weights recovered as exp(logits - log Z) would not do: at logits of 1e4 the rounding of log Z in float32 is an
     error of 5e-4 in every one. from_peak: log Z - m instead of log Z.
     """
+    if sink is not None:
+        column = sink.to(logits.dtype).expand(*logits.shape[:-1], 1)
+        weights, lse = softmax_lse(torch.cat([logits, column], dim=-1), from_peak)
+        return weights[..., :-1], lse
     if from_peak:
         weights = logits.softmax(-1)
         return weights, -weights.amax(-1).log()
@@ -269,9 +289,15 @@ class _Near:
         scale: float | None,
         start: int | Tensor = 0,
         from_peak: bool = False,
+        soft_cap: float | None = None,
+        sink_logit: Tensor | None = None,
     ) -> None:
         self.sink_k, self.sink_v = sink_k, sink_v
         self.window, self.scale, self.start, self.from_peak = window, scale, start, from_peak
+        self.soft_cap = soft_cap
+        self.sink: Tensor | None = None
+        if sink_logit is not None:  # folded, as the logits are
+            self.sink = sink_logit.unflatten(0, (sink_k.shape[1], -1)).repeat_interleave(window, 1)[:, None, :, None]
         self.settled: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -295,10 +321,10 @@ class _Near:
             ).to(dtype)
             for sink, x in ((self.sink_k, k), (self.sink_v, v))
         )  # (B, K, N, L, .)
-        logits = queries @ keys.transpose(-1, -2)  # (B, K, N, G W, L)
+        logits = capped(queries @ keys.transpose(-1, -2), self.soft_cap)  # (B, K, N, G W, L)
         # Adding -inf takes a fraction of the time of masked_fill_.
         _chunks(logits, window, 3).add_(self._mask(first, chunks, logits))
-        weights, lse = softmax_lse(logits, self.from_peak)
+        weights, lse = softmax_lse(logits, self.from_peak, self.sink)
         return weights @ values, lse
 
     def _mask(self, first: int, chunks: int, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend, log_once
-from .checks import check_inputs
+from .checks import check_inputs, check_softmax, softmax_obstacle
 from .chunked import near_far_rows, pad_to_chunks
 from .mixers import Hedgehog, Mixer, Recurrent, State, full_precision, near_part, state_obstacle
 from .one_token import one_token, pending_state, wide
@@ -153,12 +153,14 @@ def near_far_step(
     sinks: int = 0,
     mix: str = "normalizer",
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Memory]:
     """Attention of T >= 1 new tokens that follow those in `memory`, and the memory after them.
 
-    The same numbers that the full form gives at these positions. Shapes of q, k, v, mask as in `near_far_attention`;
+    The same numbers that the full form gives at these positions. Arguments and shapes as in `near_far_attention`;
     backend: "torch", "triton" or "auto", as there. The returned memory may share storage with the given one, which must
     not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
     `triton_decode` where its kernels run.
@@ -167,19 +169,24 @@ def near_far_step(
         from .recurrent import recurrent_step
 
         near: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+        near |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
         return recurrent_step(q, k, v, memory, mixer, mix_logit, **near, mask=mask, backend=backend)
     if not _fits(memory, q, k, v, mixer, window, sinks):
         check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend, function="near_far_step")
         _complain(memory)
+    check_softmax(q, soft_cap, sink_logit, "near_far_step")
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer, mix))
+    obstacle = state_obstacle(mixer, mix) or softmax_obstacle(soft_cap, sink_logit)
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, obstacle)
     with full_precision(q):
         if q.shape[2] == 1 and (mask is None or memory.static) and not torch.is_grad_enabled():
             if chosen == "triton" and not memory.static and _steps_in_triton(mixer):
                 from .triton_decode import triton_step
 
                 return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
+            options |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
             return one_token(q, k, v, memory, mixer, mix_logit, **options, mask=mask), memory
+        options |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
         return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
 
 
@@ -242,6 +249,8 @@ def _many_tokens(
     sinks: int,
     mix: str,
     scale: float | None,
+    soft_cap: float | None,
+    sink_logit: Tensor | None,
     mask: Tensor | None,
     triton: bool,
 ) -> tuple[Tensor, Memory]:
@@ -292,7 +301,7 @@ def _many_tokens(
         with torch.no_grad():
             out, state, older = triton_operators.near_far_rows(*rows, **passed, total=total, only_state=gradient)
     else:
-        out, state, older = near_far_rows(*rows, **passed)
+        out, state, older = near_far_rows(*rows, **passed, soft_cap=soft_cap, sink_logit=sink_logit)
     if triton and gradient:
         out = triton_operators.near_far_triton(
             q, k, v, mixer, mix_logit, window=window, sinks=sinks, mix=mix, scale=scale, mask=mask

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .chunked import mix_near_far, softmax_lse
+from .chunked import capped, mix_near_far, softmax_lse
 from .mixers import Mixer, State, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def one_token(
     mix: str,
     scale: float | None,
     mask: Tensor | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """Attention (B, H, 1, V) of one new token, which `memory` remembers in place. Arguments as in `near_far_step`; only
     a static memory takes a mask."""
@@ -65,7 +67,8 @@ def one_token(
         hidden, far = alike(position, window, sinks, dtype, q.device), position >= 2 * window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = q.reshape(batch, kv_heads, heads // kv_heads, -1)  # (B, K, G, D): a group is rows of one matrix
-    out, lse = _attend(queries, memory.keys, memory.values, hidden, scale, from_peak=mix == "peak")
+    sink = None if sink_logit is None else sink_logit.view(kv_heads, heads // kv_heads, 1)
+    out, lse = _attend(queries, memory.keys, memory.values, hidden, scale, mix == "peak", soft_cap, sink)
     out, lse = out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
     if mixer is not None and far:
         state = wide(memory.state)
@@ -79,20 +82,30 @@ def one_token(
     return out.to(q.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, from_peak: bool) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor,
+    scale: float,
+    from_peak: bool,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q.k + hidden) v and its log Z, less the largest logit where `from_peak`.
 
-    q: (B, K, G, D), k: (B, K, N, D), v: (B, K, N, V); hidden: 0 or -inf, (1 or B, 1, 1, N) ->
+    q: (B, K, G, D), k: (B, K, N, D), v: (B, K, N, V); hidden: 0 or -inf, (1 or B, 1, 1, N); sink: (K, G, 1) or None ->
     (B, K, G, V), (B, K, G).
     """
+    plain = soft_cap is None and sink is None and not from_peak
     dtype = hidden.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # in half precision it would round the weights as well
-    if q.device.type == "cpu" and _flash is not None and not from_peak and k.shape[-1] == v.shape[-1]:
+    if q.device.type == "cpu" and _flash is not None and plain and k.shape[-1] == v.shape[-1]:
         # It reads past the end of rows whose last dimension is not contiguous.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return _flash(q, k, v, attn_mask=hidden, scale=scale)
-    logits = (q * scale) @ k.transpose(-1, -2)
-    weights, lse = softmax_lse(logits + hidden, from_peak)
+    logits = capped((q * scale) @ k.transpose(-1, -2), soft_cap)
+    weights, lse = softmax_lse(logits + hidden, from_peak, sink)
     return weights @ v, lse
 
 

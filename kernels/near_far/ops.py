@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, choose_backend
-from .checks import check_documents, check_inputs
+from .checks import check_documents, check_inputs, check_softmax, softmax_obstacle
 from .chunked import far_chunked, near_far_chunked, pad_to_chunks
 from .documents import Documents, lay_out_documents
 from .mixers import Mixer, Recurrent, full_precision, state_obstacle
@@ -26,6 +26,8 @@ def near_far_attention(
     sinks: int = 0,
     mix: str = "normalizer",
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | Documents | None = None,
     backend: str = "auto",
@@ -45,6 +47,8 @@ def near_far_attention(
         mix: "normalizer" (one softmax denominator), "peak" (the same, near weights measured from the largest) or
             "gate" (r = sigmoid(mix_logit)).
         scale: factor on q.k; None is D^(-1/2).
+        soft_cap: c > 0 makes near logits c tanh(scale q.k / c); None leaves them. Not in "triton".
+        sink_logit: (H,), a learned sink: one more near logit a head, which has no value; None is none. Not in "triton".
         mask: (B, T), true (or 1) for real tokens; None is all real. Padding may stand anywhere; outputs there are 0.
         cu_seqlens: (N + 1,) integers 0 = c_0 <= ... <= c_N = T: N documents end to end in one row (B = 1), each a
             sequence of its own; or `Documents`, in any number of rows. Not together with `mask`.
@@ -61,19 +65,22 @@ def near_far_attention(
         LinearizeError: a shape, dtype or option that does not fit, or a backend that cannot run here, with its value.
     """
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    softmax: dict[str, Any] = {"soft_cap": soft_cap, "sink_logit": sink_logit}
     if isinstance(mixer, Recurrent):
         from .recurrent import recurrent_attention
 
         given: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": backend}
-        return recurrent_attention(q, k, v, mixer, mix_logit, **options, **given)
+        return recurrent_attention(q, k, v, mixer, mix_logit, **options, **softmax, **given)
     if not torch.compiler.is_compiling():  # messages would need values of what is a symbol there
         check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend)
+        check_softmax(q, soft_cap, sink_logit, "near_far_attention")
         check_documents(cu_seqlens, q, mask)
     if not q.shape[0]:
         return q[..., :1].expand(*q.shape[:3], v.shape[-1]).clone()
-    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, state_obstacle(mixer, mix))
+    obstacle = state_obstacle(mixer, mix) or softmax_obstacle(soft_cap, sink_logit)
+    chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, obstacle)
     with full_precision(q):
-        return _attend(chosen, q, k, v, mixer, mix_logit, mask, cu_seqlens, options)
+        return _attend(chosen, q, k, v, mixer, mix_logit, mask, cu_seqlens, options, softmax)
 
 
 def _attend(
@@ -86,6 +93,7 @@ def _attend(
     mask: Tensor | None,
     cu_seqlens: Tensor | Documents | None,
     options: dict[str, Any],
+    softmax: dict[str, Any],
 ) -> Tensor:
     """By the chosen backend."""
     if chosen == "triton":
@@ -95,6 +103,7 @@ def _attend(
     if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
         mask = None
     form = near_far_reference if chosen == "reference" else near_far_chunked
+    options = options | softmax
     if cu_seqlens is None:
         return form(q, k, v, mixer, mix_logit, **options, mask=mask)
     documents = cu_seqlens

@@ -35,16 +35,13 @@ def recurrent_attention(
 ) -> Tensor:
     """`near_far_attention` for a `Recurrent` mixer; arguments as there."""
     if not torch.compiler.is_compiling():
-        _check(q, k, v, mixer, mix_logit, mask, backend, "near_far_attention", **options)
+        _check(q, k, v, mixer, mix_logit, mask, backend, "near_far_attention", options)
         check_documents(cu_seqlens, q, mask)
-    window, sinks, scale = options["window"], options["sinks"], options["scale"]
     near = near_far_attention(
         near_part(mixer, q),
         near_part(mixer, k),
         v,
-        window=window,
-        sinks=sinks,
-        scale=scale,
+        **_near(options),
         mask=mask,
         cu_seqlens=cu_seqlens,
         backend=backend,
@@ -71,7 +68,7 @@ def recurrent_step(
 ) -> tuple[Tensor, Memory]:
     """`near_far_step` for a `Recurrent` mixer; arguments as there."""
     if not torch.compiler.is_compiling():
-        _check(q, k, v, mixer, mix_logit, mask, backend, "near_far_step", **options)
+        _check(q, k, v, mixer, mix_logit, mask, backend, "near_far_step", options)
     state = memory.state
     if state is None or state.s.shape != (v.shape[0], v.shape[1], mixer.num_features, v.shape[3]):
         from linearize.errors import LinearizeError
@@ -81,15 +78,12 @@ def recurrent_step(
             f"near_far_step: the memory holds {held}, and mixer {type(mixer).__name__} needs "
             f"{(v.shape[0], v.shape[1], mixer.num_features, v.shape[3])}; start with Memory.empty for it"
         )
-    window, sinks, scale = options["window"], options["sinks"], options["scale"]
     near, after = near_far_step(
         near_part(mixer, q),
         near_part(mixer, k),
         v,
         replace(memory, state=None),
-        window=window,
-        sinks=sinks,
-        scale=scale,
+        **_near(options),
         mask=mask,
         backend=backend,
     )
@@ -101,6 +95,11 @@ def recurrent_step(
             # A copy: it may be a view of the states of all chunks, which would be kept alive with it.
             state = State(last.s.detach().to(state.s.dtype, copy=True), state.z)
         return _blend(near, value, mix_logit), replace(after, state=state)
+
+
+def _near(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the near side, which knows nothing of a mix."""
+    return {name: value for name, value in options.items() if name != "mix"}
 
 
 def _blend(near: Tensor, value: Tensor, mix_logit: Tensor | None) -> Tensor:
@@ -133,14 +132,11 @@ def _check(
     mask: Tensor | None,
     backend: str,
     function: str,
-    *,
-    window: int,
-    sinks: int,
-    mix: str,
-    scale: float | None,
+    options: dict[str, Any],
 ) -> None:
     from linearize.errors import LinearizeError
 
+    window, sinks, mix = options["window"], options["sinks"], options["mix"]
     check_inputs(q, k, v, mixer, mix_logit, window, sinks, mix, mask, backend, function=function)
     name = type(mixer).__name__
     if mix != "gate":

@@ -3,8 +3,8 @@
 For a query at position t of its row, in chunk c = t // W, the keys at positions i <= t are split:
 
     near:  i < S  or  i >= (c - 1) W            far:  the rest, S <= i < (c - 1) W
-    e_i = exp(scale q.k_i),  f_i = phi_q.phi_k_i
-    o_near = sum_near e_i v_i / Z_near          Z_near = sum_near e_i
+    e_i = exp(scale q.k_i),  f_i = phi_q.phi_k_i    (with a soft cap c, e_i = exp(c tanh(scale q.k_i / c)))
+    o_near = sum_near e_i v_i / Z_near          Z_near = sum_near e_i    (and exp(s) with a learned sink s)
     o_far  = sum_far f_i v_i / n                n = sum_far f_i
     r = sigmoid(mix_logit + log n - log Z_near)     (mix "normalizer")
     r = sigmoid(mix_logit + log n - log Z_near + max_near scale q.k_i)              (mix "peak")
@@ -13,8 +13,9 @@ For a query at position t of its row, in chunk c = t // W, the keys at positions
 
 With mix "normalizer" that is one softmax denominator: o = (sum_near e v + exp(mix_logit) sum_far f v) /
 (Z_near + exp(mix_logit) n). Under "peak" near weights count from the largest, exp(scale q.k_i - max), so the far mass
-is compared with a number between 1 and that of the near keys, whatever the size of the logits. Positions count a row's
-real tokens, so padding is in no set. For mixers that keep every token in their state see `mixers.recurrent`.
+is compared with a number between 1 and that of the near keys, whatever the size of the logits; a learned sink is one of
+them. Positions count a row's real tokens, so padding is in no set. For mixers that keep every token in their state see
+`mixers.recurrent`.
 
 Source: linear attention, Katharopoulos et al. 2020 (arXiv 2006.16236); shared denominator of window and linear
 attention, and "peak", LoLCATs (arXiv 2410.10254), equation 6; sinks, StreamingLLM (arXiv 2309.17453).
@@ -41,6 +42,8 @@ def near_far_reference(
     sinks: int = 0,
     mix: str = "normalizer",
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The formula above. Arguments, shapes and result as in `near_far_attention`; time and memory O(T^2)."""
@@ -48,6 +51,7 @@ def near_far_reference(
         from .recurrent import recurrent_attention
 
         own: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale, "mask": mask}
+        own |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
         return recurrent_attention(q, k, v, mixer, mix_logit, **own, cu_seqlens=None, backend="reference")
     dtype = accumulation_dtype(q)
     group = q.shape[1] // k.shape[1]
@@ -64,11 +68,16 @@ def near_far_reference(
     far = seen & ~near
 
     logits = q.to(dtype) @ k.to(dtype).repeat_interleave(group, 1).transpose(-1, -2) * scale
+    if soft_cap is not None:
+        logits = soft_cap * (logits / soft_cap).tanh()
     # A padded query sees nothing; give it its own key, so that no row is empty. Its output is zeroed below.
     near = near | (torch.eye(q.shape[2], dtype=torch.bool, device=q.device) & ~real[:, None, :, None])
     logits = logits.masked_fill(~near, -torch.inf)
     values = v.to(dtype).repeat_interleave(group, 1)
-    out = logits.softmax(-1) @ values
+    if sink_logit is not None:  # one more near key, with a value of 0
+        sink = sink_logit.to(dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    out = logits.softmax(-1)[..., : q.shape[2]] @ values
 
     if mixer is not None:
         weights = mixer.query_features(q) @ mixer.key_features(k).repeat_interleave(group, 1).transpose(-1, -2)

@@ -5,7 +5,7 @@ a time, never a T x T map.
 For a query t in chunk c = t // W and keys i <= t, as in the module `reference`:
 
     near:  i < S  or  i >= (c - 1) W            far:  the rest, S <= i < (c - 1) W
-    l_i = scale q.k_i                           f_i = phi_q.phi_k_i
+    l_i = scale q.k_i, capped if so             f_i = phi_q.phi_k_i
     Z_near = sum_near exp l_i                   Z_far = sum_far exp l_i
     p_i = exp(l_i) / Z_far                      n = sum_far f_i
 
@@ -25,6 +25,7 @@ maps, flash attention (arXiv 2205.14135). Shape legend as in `chunked`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -32,8 +33,8 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from .checks import check_documents
-from .chunked import near_chunked, pad_to_chunks
+from .checks import check_documents, softmax_obstacle
+from .chunked import capped, near_chunked, pad_to_chunks
 from .documents import Documents
 from .mixers import accumulation_dtype
 
@@ -51,6 +52,8 @@ def split_attention(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sink_logit: Tensor | None = None,
     documents: Documents | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,6 +66,7 @@ def split_attention(
         q: (B, H, T, D), any float dtype; k: (B, K, T, D), v: (B, K, T, V), K divides H.
         window: W >= 1, tokens a chunk. sinks: S >= 0.
         scale: factor on q.k; None is D^(-1/2).
+        soft_cap, sink_logit: as in `near_far_attention`; the sink counts as near. Not in "triton".
         documents: of these rows, each a sequence of its own; None is one a row.
         backend: "torch", "triton", or "auto": Triton for tensors on a GPU.
 
@@ -78,10 +82,11 @@ def split_attention(
     if documents is not None:
         check_documents(documents, q, None)
         options: dict[str, Any] = {"window": window, "sinks": sinks, "scale": scale, "backend": backend}
+        options |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
         parts = [split_attention(q, k, v, **options) for q, k, v in documents.split(q, k, v)]
         nears, near_lses, fars, far_lses = zip(*parts, strict=True)
         return documents.join(nears), _join(documents, near_lses), documents.join(fars), _join(documents, far_lses)
-    if kernels := _kernels("split_attention", backend, q, v):
+    if kernels := _kernels("split_attention", backend, q, v, obstacle=softmax_obstacle(soft_cap, sink_logit)):
         return kernels.split_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     length = q.shape[2]
     if not q.numel():
@@ -89,8 +94,9 @@ def split_attention(
         return empty, empty[..., 0], empty, empty[..., 0]
     sink_k, sink_v = k[:, :, :sinks], v[:, :, :sinks]
     q_rows, k_rows, v_rows = (pad_to_chunks(x, window) for x in (q, k, v))
-    near, near_lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, scale=scale)
-    return near[:, :, :length], near_lse[:, :, :length], *_far_attention(q, k, v, window, sinks, scale)
+    own: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sink_logit": sink_logit}
+    near, near_lse = near_chunked(q_rows, k_rows, v_rows, sink_k, sink_v, window=window, **own)
+    return near[:, :, :length], near_lse[:, :, :length], *_far_attention(q, k, v, window, sinks, scale, soft_cap)
 
 
 def far_divergence(
@@ -103,6 +109,7 @@ def far_divergence(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    soft_cap: float | None = None,
     documents: Documents | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ def far_divergence(
     of a row at or below it is -inf, as in `Mixer.read`.
 
     Args:
-        q, k, window, sinks, scale, documents, backend: as in `split_attention`.
+        q, k, window, sinks, scale, soft_cap, documents, backend: as in `split_attention`.
         far_lse: (B, H, T) log Z_far from there. An error in it of a rounding at logits of 1e4 does no harm: weights are
             divided by their sum.
         phi_q: (B, H, T, F), phi_k: (B, K, T, F), features >= 0. In the Triton form, under 16-bit q and k, their
@@ -143,15 +150,16 @@ def far_divergence(
     if documents is not None:
         check_documents(documents, q, None)
         options: dict[str, Any] = {"window": window, "sinks": sinks, "scale": scale, "backend": backend}
+        options["soft_cap"] = soft_cap
         parts = [
             far_divergence(q, k, lse.squeeze(-1), phi_q, phi_k, **options)
             for q, k, lse, phi_q, phi_k in documents.split(q, k, far_lse[..., None], phi_q, phi_k)
         ]
         divergence, log_mass = zip(*parts, strict=True)
         return _join(documents, divergence), _join(documents, log_mass)
-    kernels = _kernels("far_divergence", backend, q, k, features)
+    kernels = _kernels("far_divergence", backend, q, k, features, softmax_obstacle(soft_cap, None))
     q, k, far_lse = q.detach(), k.detach(), far_lse.detach()
-    return _FarDivergence.apply(q, k, far_lse, phi_q, phi_k, window, sinks, scale, kernels)
+    return _FarDivergence.apply(q, k, far_lse, phi_q, phi_k, window, sinks, scale, soft_cap, kernels)
 
 
 def _join(documents: Documents, parts: Sequence[Tensor]) -> Tensor:
@@ -180,9 +188,11 @@ class _FarDivergence(torch.autograd.Function):
         window: int,
         sinks: int,
         scale: float,
+        soft_cap: float | None,
         kernels: ModuleType | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.form = (kernels.far_sums, kernels.far_gradients) if kernels else (_far_sums, _far_gradients)
+        capped_form = partial(_far_sums, soft_cap=soft_cap), partial(_far_gradients, soft_cap=soft_cap)
+        ctx.form = (kernels.far_sums, kernels.far_gradients) if kernels else capped_form
         ctx.options = {"window": window, "sinks": sinks, "scale": scale}
         tiny = torch.finfo(accumulation_dtype(q)).tiny
         # Without far keys far_lse is -inf, which no difference is taken of.
@@ -207,10 +217,12 @@ class _FarDivergence(torch.autograd.Function):
         even = torch.where(some, grad_divergence / torch.where(some, bounded_mass, 1.0), 0.0)
         share = torch.where(mass > tiny, grad_log_mass / mass.clamp_min(tiny), 0.0)
         grad_q, grad_k = ctx.form[1](q, k, shift, phi_q, phi_k, sharp, even, share, **ctx.options)
-        return None, None, None, grad_q.to(phi_q.dtype), grad_k.to(phi_k.dtype), None, None, None, None
+        return None, None, None, grad_q.to(phi_q.dtype), grad_k.to(phi_k.dtype), None, None, None, None, None
 
 
-def _far_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
+def _far_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
     """The far half of `split_attention`, by online softmax over tiles."""
     dtype = accumulation_dtype(q)
     queries = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1))
@@ -220,7 +232,7 @@ def _far_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, sca
     total = torch.zeros_like(top)
     for rows, far, edge, hidden in _far_tiles(q.shape[2], window, sinks, q.device):
         part = queries[:, :, :, rows]
-        logits = (part.flatten(2, 3) @ keys[..., far]).unflatten(2, part.shape[2:4])
+        logits = capped((part.flatten(2, 3) @ keys[..., far]).unflatten(2, part.shape[2:4]), soft_cap)
         logits[..., edge:].masked_fill_(hidden, -torch.inf)
         old_top = top[:, :, :, rows]
         new_top = torch.maximum(old_top, logits.amax(-1, keepdim=True))
@@ -236,13 +248,22 @@ def _far_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, sca
 
 
 def _far_sums(
-    q: Tensor, k: Tensor, shift: Tensor, phi_q: Tensor, phi_k: Tensor, *, window: int, sinks: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    shift: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    scale: float,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every query (B, H, T), over its far keys: sum e_i, sum e_i (l_i - shift - log g_i), sum f_i, sum g_i."""
     tiny = torch.finfo(accumulation_dtype(q)).tiny
     sums = torch.zeros(4, *q.shape[:3], dtype=accumulation_dtype(q), device=q.device)
     grouped = sums.unflatten(2, (k.shape[1], -1))
-    for rows, _, edge, hidden, logits, mass in _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale):
+    for rows, _, edge, hidden, logits, mass in _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale, soft_cap):
         weights, bounded = logits.exp(), mass.clamp_min(tiny)
         logits -= bounded.log()
         for x in (weights, mass, bounded):
@@ -267,6 +288,7 @@ def _far_gradients(
     window: int,
     sinks: int,
     scale: float,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_ti phi_k_i (B, H, T, F) and sum_t w_ti phi_q_t (B, K, T, F).
 
@@ -278,7 +300,8 @@ def _far_gradients(
     features_q, features_k = phi_q.to(dtype).unflatten(1, (kv_heads, -1)), phi_k.to(dtype)
     sharp, even, share = (x.unflatten(1, (kv_heads, -1))[..., None] for x in (sharp, even, share))
     grad_q, grad_k = torch.zeros_like(features_q), torch.zeros_like(features_k)
-    for rows, far, edge, hidden, logits, mass in _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale):
+    products = _far_products(q, k, shift, phi_q, phi_k, window, sinks, scale, soft_cap)
+    for rows, far, edge, hidden, logits, mass in products:
         none = mass <= tiny
         weights = logits.exp_().div_(mass.clamp_min_(tiny)).mul_(-sharp[:, :, :, rows]).add_(even[:, :, :, rows])
         weights.masked_fill_(none, 0.0).add_(share[:, :, :, rows])
@@ -290,7 +313,15 @@ def _far_gradients(
 
 
 def _far_products(
-    q: Tensor, k: Tensor, shift: Tensor, phi_q: Tensor, phi_k: Tensor, window: int, sinks: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    shift: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    soft_cap: float | None,
 ) -> Iterator[tuple[slice, slice, int, Tensor, Tensor, Tensor]]:
     """`_far_tiles`, each with its l_i - shift and f_i, (B, K, G, rows, keys), hidden keys included."""
     dtype = accumulation_dtype(q)
@@ -301,7 +332,7 @@ def _far_products(
     keys, key_features = (x.to(dtype).transpose(-1, -2) for x in (k, phi_k))
     for rows, far, edge, hidden in _far_tiles(q.shape[2], window, sinks, q.device):
         shape = queries.shape[2], rows.stop - rows.start
-        logits = (queries[:, :, :, rows].flatten(2, 3) @ keys[..., far]).unflatten(2, shape)
+        logits = capped((queries[:, :, :, rows].flatten(2, 3) @ keys[..., far]).unflatten(2, shape), soft_cap)
         mass = (features[:, :, :, rows].flatten(2, 3) @ key_features[..., far]).unflatten(2, shape)
         yield rows, far, edge, hidden, logits.sub_(shifts[:, :, :, rows]), mass
 
@@ -327,13 +358,16 @@ def _far_tiles(
             )
 
 
-def _kernels(name: str, backend: str, q: Tensor, v: Tensor, num_features: int = 0) -> ModuleType | None:
+def _kernels(
+    name: str, backend: str, q: Tensor, v: Tensor, num_features: int = 0, obstacle: str | None = None
+) -> ModuleType | None:
     """The module of the Triton form, or None for the PyTorch form."""
     if backend == "reference":
         from linearize.errors import LinearizeError
 
         raise LinearizeError(f"{name}: backend 'reference' has no streamed form; use 'auto', 'torch' or 'triton'")
-    if not q.numel() or choose_backend(backend, q, v, num_features) == "torch":  # nothing to do needs no kernel
+    # Nothing to do needs no kernel.
+    if not q.numel() or choose_backend(backend, q, v, num_features, obstacle) == "torch":
         return None
     from . import triton_transfer
 
