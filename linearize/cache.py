@@ -329,7 +329,7 @@ def install_layers(cache: Cache, layers: list[int], rows: int | None = None) -> 
     if not made:
         _check_tokens(cache, layers[0], rows)
     elif getattr(cache, "offloading", False):
-        behind = None
+        behind = next((x for x in cache.layers if not isinstance(x, NearFarLayer)), None)  # it goes round
         for layer in reversed(cache.layers):
             if isinstance(layer, NearFarLayer):
                 layer.behind = behind

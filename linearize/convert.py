@@ -345,13 +345,13 @@ def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
         raise LinearizeError(
             f"attention_mask: it covers {mask.shape[1]} tokens but {new} are given; make it cover all, past and new"
         )
-    past = 0 if cache is None else cache.get_seq_length()
+    past: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
     if isinstance(past, torch.Tensor):
         first = past.to(mask.device).clamp_max(mask.shape[1] - new)
         recent = mask.index_select(1, first + torch.arange(new, device=mask.device)).bool()
     else:
-        first = min(past, mask.shape[1] - new)
-        recent = mask[:, first : first + new].bool()
+        begin = min(past, mask.shape[1] - new)
+        recent = mask[:, begin : begin + new].bool()
     return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
 
 

@@ -78,7 +78,8 @@ def test_a_window_that_covers_all_is_the_original(family, changes):
     torch.testing.assert_close(in_pieces(student, [3, 1], tokens)[0], expected, rtol=1e-5, atol=3e-5)
     rows, mask = pad(tokens, [0, 7], "left")
     got, expected = (logits(model, rows, attention_mask=mask) for model in (student, teacher))
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **LOGITS)
+    # Without position_ids the student counts real tokens, the original columns: other angles, the same differences.
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=6e-5)
     inputs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(student.generate(rows, **inputs), teacher.generate(rows, **inputs))
 

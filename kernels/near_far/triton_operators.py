@@ -155,8 +155,8 @@ def near_far_rows(
         )
     if states is None:
         return out, None, None
-    kept, older = (State(s, z) for s, z in zip(states.kept, states.kept_norms, strict=True))
-    return out, kept, older
+    s, z = states.kept, states.kept_norms
+    return out, State(s[0], z[0]), State(s[1], z[1])
 
 
 def _log_odds(q: Tensor, mixer: Mixer | None, mix_logit: Tensor | None) -> Tensor | None:
