@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import LinearizeError as LinearizeError
     from .kernels.near_far import near_far_attention as near_far_attention
     from .models import load_model as load_model
+    from .speculative import speculative_generate as speculative_generate
 
 # Public name -> the module it comes from. Type checkers read the imports above; a test keeps the two alike.
 _EXPORTS = {
@@ -41,6 +42,7 @@ _EXPORTS = {
     "original_attention": "linearize.convert",
     "revert": "linearize.convert",
     "save": "linearize.checkpoint",
+    "speculative_generate": "linearize.speculative",
     "state_off": "linearize.convert",
     "window_off": "linearize.convert",
 }
