@@ -31,7 +31,7 @@ Result:
                 "matmul_ms": [float, ...]}, ...],                                            before each repeat
      "equality": {"prompts": int, "new_tokens": int, "tokens": int,         tokens that the original generated
                   "equal": int, "differences": [{"prompt": int, "token": int, "margin": float}, ...],
-                  "smallest_margin": float,                                 of all tokens before a difference
+                  "smallest_margin": float | null,                          of all tokens before a difference
                   "acceptance_length": float, "acceptance_rate": float,     of all blocks
                   "original_against_itself": {"prompts": int, "tokens": int}} | null,      that differ
      "seconds": float, "machine": {...}}                                    see linearize.benchmarks.machine
@@ -115,7 +115,7 @@ def compare_texts(
         "tokens": tokens,
         "equal": len(prompts) - len(differences),
         "differences": differences,
-        "smallest_margin": min(before),
+        "smallest_margin": min(before, default=None),
         **_acceptance(found),
         "original_against_itself": {"prompts": sum(count > 0 for count in moved), "tokens": sum(moved)},
     }
@@ -142,18 +142,26 @@ def time_speculation(
     prompts: dict[int, Sequence[Sequence[int]]],
     new_tokens: int,
     draft_tokens: int | str = AUTO,
+    modes: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Time per token of both sides.
 
     Args:
         prompts: context -> a prompt of so many tokens for each repeat.
+        modes: names of those that the original is timed in, if it has them; None is all.
         the others: as in `compare_texts`.
 
     Returns:
         "cells" of the module's docstring.
     """
     device = original.device
-    modes = [mode for mode in modes_of(original) if not (mode.compiled and compile_obstacle(device))]
+    asked = [mode for mode in modes_of(original) if modes is None or mode.name in modes]
+    timed = [mode for mode in asked if not (mode.compiled and compile_obstacle(device))]
+    if not timed:
+        raise LinearizeError(
+            f"modes: the original has none of {', '.join(modes or ())} here; it has "
+            f"{', '.join(mode.name for mode in modes_of(original))}"
+        )
     plain: dict[tuple[int, str], list[tuple[float, float]]] = {}
     drafted: dict[int, list[Speculation]] = {context: [] for context in prompts}
     products: dict[int, list[float]] = {context: [] for context in prompts}
@@ -167,7 +175,7 @@ def time_speculation(
             for context, rows in prompts.items():
                 products[context].append(matmul_ms(device))
                 ids = torch.tensor([rows[repeat]], device=device)
-                sides: list[Mode | None] = [*modes, None]
+                sides: list[Mode | None] = [*timed, None]
                 for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
                     if side is None:
                         drafted[context].append(
@@ -187,7 +195,7 @@ def time_speculation(
                     plain.setdefault((context, side.name), []).append(times)
                 tick(f"{context} tokens")
     return [
-        _cell(context, {mode.name: plain[context, mode.name] for mode in modes}, drafted[context])
+        _cell(context, {mode.name: plain[context, mode.name] for mode in timed}, drafted[context])
         | {"matmul_ms": products[context]}
         for context in prompts
     ]
@@ -238,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--draft-tokens", default=AUTO, help="k, or auto")
+    parser.add_argument("--modes", default=None, help="of the original, such as dynamic,static; all if left out")
     parser.add_argument("--apart", action="store_true", help="LoRA merged, and the original a model of its own")
     parser.add_argument("--window", type=int, default=default.window, help="of an original that is converted here")
     parser.add_argument("--sinks", type=int, default=default.sinks)
@@ -274,16 +283,15 @@ def _measure(asked: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     dtype, _ = resolve_dtype(asked.dtype, asked.device)
     student, original, tokenizer, apart = _load(asked, dtype)
-    questions = _questions(asked.prompts, asked.equality)
     equality = None
-    if asked.equality:
-        equality = compare_texts(
-            student, original, apart, encode_prompts(tokenizer, questions), asked.new_tokens, draft
-        )
+    if asked.equality > 0:
+        tokens = encode_prompts(tokenizer, _questions(asked.prompts, asked.equality))
+        equality = compare_texts(student, original, apart, tokens, asked.new_tokens, draft)
     cells = []
     if contexts:
         prompts = {context: _long_prompts(tokenizer, asked.prompts, context, asked.repeats) for context in contexts}
-        cells = time_speculation(student, original, apart, prompts, asked.new_tokens, draft)
+        modes = asked.modes.split(",") if asked.modes else None
+        cells = time_speculation(student, original, apart, prompts, asked.new_tokens, draft, modes)
     return {
         "kind": KIND,
         "schema": 1,
