@@ -41,7 +41,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -89,8 +89,10 @@ def compare_texts(
         "equality" of the module's docstring.
     """
     found: list[Speculation] = []
-    differences, before = [], []
-    tokens, moved = 0, []
+    differences: list[dict[str, Any]] = []
+    before: list[float] = []
+    moved: list[int] = []
+    tokens = 0
     with inference(original), inference(student), progress_bar("equality", len(prompts)) as tick:
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=original.device)
@@ -139,7 +141,7 @@ def time_speculation(
     student: Any,
     original: Any,
     apart: bool,
-    prompts: dict[int, Sequence[Sequence[int]]],
+    prompts: Mapping[int, Sequence[Sequence[int]]],
     new_tokens: int,
     draft_tokens: int | str = AUTO,
     modes: Sequence[str] | None = None,

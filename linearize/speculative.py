@@ -11,7 +11,6 @@ cache of their own, which forgets what did not stand.
     both caches          ... a b c d       x is read with the next block
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,10 +27,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from linearize.cache import new_cache
+from linearize.cache import NearFarLayer, new_cache
 from linearize.convert import base_model, converted_layers, is_converted, original_attention, switch_of
 from linearize.errors import LinearizeError
-from linearize.kernels.near_far.mixers import Recurrent
 
 __all__ = ["Speculation", "speculative_generate"]
 
@@ -103,12 +101,12 @@ def speculative_generate(
     another order than passes over single ones, so where the original's two largest logits differ by no more than
     rounding, either token may come, as it may from `generate` with another batch size or cache; what follows then
     follows from that token. `Speculation.margins` shows where this can have been: a float32 model's logits round by
-    some 1e-4, a bfloat16 model's by a tenth, so that there the text is one of the original's greedy texts rather than
+    some 1e-5, a bfloat16 model's by a tenth, so that there the text is one of the original's greedy texts rather than
     the one that a certain way of running it gives. Sampled tokens have the original's distribution under the same
     `temperature`, `top_k` and `top_p`, in the same sense; the draws are others than `generate` makes by the same seed.
 
     Args:
-        model: a converted model, or a PeftModel around one; its mixers `hedgehog` or `none`.
+        model: a converted model, or a PeftModel around one.
         input_ids: LongTensor (1, T), the prompt.
         attention_mask: (1, T), 0 for padding, which is left out; None where all tokens are real.
         max_new_tokens: the longest answer.
@@ -124,14 +122,13 @@ def speculative_generate(
         generator: of all random numbers; None is PyTorch's own.
 
     Raises:
-        LinearizeError: a model that is not converted or whose mixer is `gla`, more than one row, an empty prompt, or a
-            setting out of its range.
+        LinearizeError: a model that is not converted, more than one row, an empty prompt, or a setting out of range.
     """
     window = _check_model(model, original)
     _check_count("max_new_tokens", max_new_tokens)
     if draft_tokens != AUTO:
         _check_count("draft_tokens", draft_tokens, window)
-    warps = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    warps: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rule = _Sampled(_warpers(**warps), generator) if do_sample else _greedy(**warps)
     text = _prompt(input_ids, attention_mask)
     base = base_model(model)
@@ -211,7 +208,6 @@ def _write(
             return found
         count = min(length, left - 1)  # a block gives one token more than it has drafts
         with _timed(found.seconds, "draft", verifier.device):
-            student.mark = copy.deepcopy(student.cache), student.seen
             drafts, chances = _draft(student, text, count, rule)
         with _timed(found.seconds, "verify", verifier.device):
             logits = verifier.read(text[verifier.seen :] + drafts, last=count + 1)
@@ -235,7 +231,6 @@ class _Reader:
         self.cache = cache
         self.device = device
         self.seen = 0
-        self.mark: Any = None
 
     def read(self, tokens: Sequence[int], last: int = 1) -> Tensor:
         """Read the tokens that come next; the float32 logits after the `last` of them, (last, vocabulary)."""
@@ -246,18 +241,19 @@ class _Reader:
         return out.logits[0].float()
 
     def expect_rollback(self) -> None:
-        """Layers with a sliding window of the model's own drop what going back needs, unless they are told."""
-        if hasattr(self.cache, "activate_past_recording"):
-            self.cache.activate_past_recording()
+        """Tell the layers that need to know it from now on: those with a sliding window of the model's own, and of
+        converted ones those of mixer `gla`. The others go back by W tokens as they are, without a copy a block."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "activate_past_recording") and not (
+                isinstance(layer, NearFarLayer) and layer.is_croppable
+            ):
+                layer.activate_past_recording()
 
     def keep(self, tokens: int) -> None:
-        """Forget all but the first so many tokens."""
-        if self.seen > tokens:
-            if self.mark is not None:
-                self.cache, self.seen = self.mark
-                return
-            self.cache.crop(tokens - self.seen)
-            self.seen = tokens
+        """Forget all but the first so many tokens; to be called after each block."""
+        forgotten = max(self.seen - tokens, 0)
+        self.cache.crop(-forgotten)  # also of 0: a layer that was told drops here what it kept for this
+        self.seen -= forgotten
 
 
 class _Greedy:
@@ -366,12 +362,6 @@ def _check_model(model: Any, original: Any) -> int:
         LinearizeError: it cannot.
     """
     switch_of(model)  # refuses a model that is not converted
-    layers = converted_layers(model).values()
-    if any(isinstance(layer.mixer, Recurrent) for layer in layers):
-        raise LinearizeError(
-            "model: its mixer 'gla' has a state that holds the newest token, which cannot be taken out again when the "
-            "original rejects it; use a student with mixer 'hedgehog' or 'none'"
-        )
     if original is not None:
         if is_converted(original):
             raise LinearizeError("original: it is converted itself; give the original, or leave it out")
@@ -380,7 +370,7 @@ def _check_model(model: Any, original: Any) -> int:
             raise LinearizeError(
                 f"original: it has {sizes[0]} tokens but the student has {sizes[1]}; give the model that was converted"
             )
-    return next(iter(layers)).linearize_config.window
+    return next(iter(converted_layers(model).values())).linearize_config.window
 
 
 def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:

@@ -224,7 +224,7 @@ def write_answer(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     inputs = inputs.to(model.device)
-    options = sampling | {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = sampling | {"max_new_tokens": max_new_tokens}
     options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if speculative:
         from linearize.speculative import speculative_generate

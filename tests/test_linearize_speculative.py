@@ -56,6 +56,7 @@ class TestGreedy:
             ("qwen2", {"num_hidden_layers": 3}, {"softmax_layers": [1], "draft_tokens": 4}),
             ("qwen2", SLIDING | {"num_hidden_layers": 3}, {"mixer": "none"}),
             ("qwen3", {}, {"window": 7, "softmax_layers": [0], "mix": "gate"}),
+            ("llama", {}, {"mixer": "gla", "mix": "gate"}),
         ],
     )
     def test_is_the_originals(self, family, changes, options):
@@ -81,11 +82,13 @@ class TestGreedy:
         got = speculative_generate(student, prompt, max_new_tokens=30, draft_tokens=9)
         assert got.drafted == got.accepted == (9, 9, 8)
 
-    @pytest.mark.parametrize(("mixer", "kept"), [("hedgehog", "none"), ("hedgehog", [1]), ("none", "none")])
+    @pytest.mark.parametrize(
+        "options", [{}, {"softmax_layers": [1]}, {"mixer": "none"}, {"mixer": "gla", "mix": "gate"}], ids=str
+    )
     @pytest.mark.parametrize("k", [1, 3, 4])
-    def test_drafts_are_the_students_after_the_text_that_stands(self, mixer, kept, k):
+    def test_drafts_are_the_students_after_the_text_that_stands(self, options, k):
         """What a cache remembered of tokens that fell would show in the drafts alone, as the original decides."""
-        _, student = make_pair(mixer=mixer, softmax_layers=kept)
+        _, student = make_pair(**options)
         prompt, new = make_tokens(1, 6), 24
         got = speculative_generate(student, prompt, max_new_tokens=new, draft_tokens=k)
         text, accepted = got.sequences[0].tolist(), []
@@ -212,7 +215,6 @@ class Table:
     """A reader whose logits depend on the last token alone: row of `logits` (vocabulary, vocabulary)."""
 
     device = torch.device("cpu")
-    cache = None
 
     def __init__(self, logits):
         self.logits = logits
@@ -265,7 +267,7 @@ def distance(counts, expected):
 
 
 class TestSampling:
-    RUNS = 2000
+    RUNS = 1200
 
     def pairs(self, rule, student=TABLES[1], most=None, length=2):
         """Counts of the first two new tokens, and of the second and third; (2, TOKENS, TOKENS)."""
@@ -423,8 +425,6 @@ class TestErrors:
         call = partial(speculative_generate, input_ids=make_tokens(1, 5), max_new_tokens=3)
         with pytest.raises(LinearizeError, match="model: LlamaForCausalLM is not converted"):
             call(original)
-        with pytest.raises(LinearizeError, match="model: its mixer 'gla' has a state"):
-            call(make_pair(mixer="gla", mix="gate")[1])
         with pytest.raises(LinearizeError, match="original: it is converted itself"):
             call(student, original=copy.deepcopy(student))
         with pytest.raises(LinearizeError, match="original: it has 64 tokens but the student has 128"):
