@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .models import load_model as load_model
     from .prompt_cache import load_cache as load_cache
     from .prompt_cache import save_cache as save_cache
+    from .speculative import speculative_generate as speculative_generate
 
 # Public name -> the module it comes from. Type checkers read the imports above; a test keeps the two alike.
 _EXPORTS = {
@@ -45,6 +46,7 @@ _EXPORTS = {
     "revert": "linearize.convert",
     "save": "linearize.checkpoint",
     "save_cache": "linearize.prompt_cache",
+    "speculative_generate": "linearize.speculative",
     "state_off": "linearize.convert",
     "window_off": "linearize.convert",
 }

@@ -548,6 +548,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    speculative: Annotated[
+        bool, typer.Option("--speculative", help="The original writes; the student only drafts for it, to save time.")
+    ] = False,
     base: Base = None,
     dtype: DType = "auto",
     device: Device = None,
@@ -563,7 +566,7 @@ def generate(
     quiet()
     from linearize.tasks import write_answer
 
-    write_answer(model, base, text, chat, max_new_tokens, temperature, dtype, device, seed)
+    write_answer(model, base, text, chat, max_new_tokens, temperature, dtype, device, seed, speculative)
 
 
 def _settings(config: LinearizeConfig) -> list[str]:

@@ -34,6 +34,8 @@ __all__ = [
 # Text beyond what perplexity reads, so that the stretches that needles hide in differ from one another.
 HAYSTACKS = 4
 HELD_OUT = "held-out"
+# Of transformers' `generate`, where a model's generation config has none.
+DEFAULT_TOP_K = 50
 # Text that every Python has, for measuring where none is named.
 DEFAULT_DATA = DataOptions(sources=(Source(kind="pydoc"),))
 
@@ -190,15 +192,24 @@ def write_answer(
     dtype: str,
     device: str | None,
     seed: int,
+    speculative: bool = False,
 ) -> None:
     """Continue a prompt; the text streams to standard output.
 
+    Args:
+        speculative: the original writes, and the student drafts for it (see `linearize.speculative`).
+        the others: as everywhere.
+
     Raises:
-        LinearizeError: chat asked of a model without a chat template, or an empty prompt.
+        LinearizeError: chat asked of a model without a chat template, an empty prompt, or `speculative` of a whole
+            student without `base`: what its weights were before training is not known.
     """
     from transformers import TextStreamer
 
-    model, tokenizer = load_model(name, announce_dtype(dtype, device), device, base=base)
+    if speculative:
+        model, original, tokenizer = _student_and_original(name, base, announce_dtype(dtype, device), device)
+    else:
+        model, tokenizer = load_model(name, announce_dtype(dtype, device), device, base=base)
     if chat:
         if tokenizer.chat_template is None:
             raise LinearizeError(f"chat: {name!r} has no chat template; leave --chat out, or use an instruct model")
@@ -212,13 +223,33 @@ def write_answer(
         raise LinearizeError("prompt: it has no tokens; give the text to continue")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(
-        **inputs.to(model.device),
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    inputs = inputs.to(model.device)
+    options: dict[str, Any] = sampling | {"max_new_tokens": max_new_tokens}
+    options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if speculative:
+        from linearize.speculative import speculative_generate
+
+        if temperature:  # what `generate` takes besides
+            settings = base_model(model).generation_config
+            options["top_k"] = DEFAULT_TOP_K if settings.top_k is None else settings.top_k or None
+            options["top_p"] = settings.top_p
+        speculative_generate(model, inputs["input_ids"], inputs["attention_mask"], original=original, **options)
+        return
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model.generate(**inputs, **options, pad_token_id=pad)
+
+
+def _student_and_original(name: str, base: str | None, dtype: torch.dtype, device: str | None) -> tuple[Any, Any, Any]:
+    """(student, original, tokenizer); the original is None where the student has it inside, its LoRA unmerged."""
+    if recorded_conversion(name) is None:
+        raise LinearizeError(f"speculative: {name!r} is an original, which drafts for none; leave --speculative out")
+    if resolve(name).kind == "adapter":
+        model, tokenizer = load_model(name, dtype, device, base=base, merge=False)
+        return model, None, tokenizer
+    if base is None:
+        raise LinearizeError(f"base: {name!r} is a whole student, which drafts for its original; name that with --base")
+    model, tokenizer = load_model(name, dtype, device)
+    return model, load_model(base, dtype, device)[0], tokenizer
 
 
 def announce_dtype(dtype: str, device: str | None) -> torch.dtype:

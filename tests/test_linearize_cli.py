@@ -503,6 +503,25 @@ class TestGenerate:
                 answer = loaded.generate(ids, do_sample=False, max_new_tokens=5)[0, ids.shape[1] :]
             assert result.stdout.rstrip("\n") == tokenizer.decode(answer, skip_special_tokens=True).rstrip("\n")
 
+    def test_speculative_writes_what_the_original_writes(self, model: Path, run: Path, tmp_path: Path):
+        """Of a student with LoRA inside, and of a whole student beside its original."""
+        words = ("--prompt", "they keep what they", "--max-new-tokens", "12", "--dtype", "float32")
+        expected = call("generate", model, *words).stdout
+        assert call("generate", run / "student", *words).stdout != expected
+        result = call("generate", run / "student", "--speculative", *words)
+        assert (result.exit_code, result.stdout) == (0, expected)
+        whole, tokenizer = load_model(run / "student", "float32", "cpu")
+        save(whole, tmp_path / "whole", tokenizer=tokenizer)
+        result = call("generate", tmp_path / "whole", "--speculative", "--base", model, *words)
+        assert (result.exit_code, result.stdout) == (0, expected)
+        message = error_line(call("generate", tmp_path / "whole", "--speculative", *words))
+        assert message.endswith("is a whole student, which drafts for its original; name that with --base")
+        message = error_line(call("generate", model, "--speculative", *words))
+        assert message.endswith("is an original, which drafts for none; leave --speculative out")
+        sampled = call("generate", run / "student", "--speculative", "--temperature", "2", *words)
+        assert sampled.exit_code == 0, sampled.output
+        assert sampled.stdout != expected
+
     def test_sampling_follows_the_seed(self, model: Path):
         words = ("generate", model, "--prompt", "a", "--temperature", "2", "--max-new-tokens", "12")
         first, again, other = (call(*words, "--seed", seed).stdout for seed in (1, 1, 2))
