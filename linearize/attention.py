@@ -1,6 +1,7 @@
 """The one converted attention module, for all families."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -161,14 +162,19 @@ class ConvertedAttention(nn.Module):
         self.original.training = mode
         return super().train(mode)
 
-    @property
-    def _offloaded(self) -> bool:
-        """Whether what conversion added is on PyTorch's meta device. accelerate loads an offloaded module when its
-        `forward` is called, and a mixer has none."""
-        if self.mix is not None:  # one stands for all: they lie in one module
-            return self.mix.bias.is_meta
-        added = None if self.mixer is None else next(self.mixer.parameters(), None)
-        return added is not None and added.is_meta
+    @contextmanager
+    def _loaded(self) -> Iterator[None]:
+        """Inside, an offloaded mixer is on its device. accelerate loads a module when its `forward` is called, and a
+        mixer has none: its hook is asked by hand."""
+        hook = None if self.mixer is None else getattr(self.mixer, "_hf_hook", None)
+        if hook is None:
+            yield
+            return
+        hook.pre_forward(self.mixer)
+        try:
+            yield
+        finally:
+            hook.post_forward(self.mixer, None)
 
     def reset_parameters(self) -> None:
         """The untrained start: the mixer's own, and the config's mix."""
@@ -213,17 +219,12 @@ class ConvertedAttention(nn.Module):
                 **{self.family.cache: past_key_values},
                 **kwargs,
             )
-        if self._offloaded and not hidden_states.is_meta:
-            raise LinearizeError(
-                f"layer {self.layer_idx}: its mixer or mix is offloaded, and is not loaded when the layer runs; keep "
-                "converted layers on a device, or offload with preload_module_classes=['ConvertedAttention']"
-            )
         q, k, v = self._project(hidden_states)
         plain = q, k
         q, k = self._rotate(position_embeddings, q, k)
         # Under autocast the rotary embedding widens what the projections narrowed.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        with full_precision(q):
+        with full_precision(q), self._loaded():
             if self.switch.observer is not None:
                 self.switch.observer(Observation(self, q, k, v, near_far_mask, near_far_documents))
             logit = self.mix_logit(q)
