@@ -47,14 +47,14 @@ class FewRows:
 
     def __init__(self, linear: nn.Linear):
         self.linear = linear
-        self.slices = math.gcd(linear.out_features, SLICES)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         weight, bias = self.linear.weight, self.linear.bias
         size = x.shape[-1]
+        slices = math.gcd(weight.shape[0], SLICES)  # asked each time: a vocabulary may be resized
         if (
-            self.slices > 1
+            slices > 1
             and size == weight.shape[-1]
             and 0 < x.numel() <= MOST_ROWS * size
             and type(weight) is nn.Parameter  # no quantized or sharded one, which has no views
@@ -64,7 +64,7 @@ class FewRows:
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         ):
-            out = sliced_product(x, weight, self.slices)
+            out = sliced_product(x, weight, slices)
             return out if bias is None else out + bias
         return nn.functional.linear(x, weight, bias)
 
