@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .errors import LinearizeError as LinearizeError
     from .kernels.near_far import near_far_attention as near_far_attention
     from .models import load_model as load_model
+    from .prompt_cache import load_cache as load_cache
+    from .prompt_cache import save_cache as save_cache
 
 # Public name -> the module it comes from. Type checkers read the imports above; a test keeps the two alike.
 _EXPORTS = {
@@ -36,11 +38,13 @@ _EXPORTS = {
     "cache_bytes": "linearize.cache",
     "convert": "linearize.convert",
     "load": "linearize.checkpoint",
+    "load_cache": "linearize.prompt_cache",
     "load_model": "linearize.models",
     "near_far_attention": "linearize.kernels.near_far",
     "original_attention": "linearize.convert",
     "revert": "linearize.convert",
     "save": "linearize.checkpoint",
+    "save_cache": "linearize.prompt_cache",
     "state_off": "linearize.convert",
     "window_off": "linearize.convert",
 }
