@@ -34,12 +34,15 @@ from linearize.families import family_of, geometry_of
 from linearize.fingerprint import spread
 from linearize.kernels.near_far import Memory
 from linearize.kernels.near_far.mixers import State
+from linearize.kernels.near_far.rollback import Undo
 
 __all__ = ["load_cache", "save_cache"]
 
 FORMAT_VERSION = 1
 HEADER = "linearize"
 PER_TENSOR = 4  # values of each weight that tell one model from another
+# What a converted layer's memory consists of.
+_PARTS: dict[Any, Any] = {part.__name__: part for part in (Memory, State, Undo)}
 _LENGTH = "cumulative_length"  # of a layer with a sliding window of its own
 
 
@@ -118,8 +121,8 @@ def _describe(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]
     if isinstance(layer, NearFarLayer):
         if layer.memory is None:
             return {"kind": "converted", "sizes": None, "numbers": {}}, {}
-        tensors, numbers = _take_apart(layer.memory)
-        memory = layer.memory
+        memory = layer.memory.map(torch.clone)  # its tensors may share memory, which safetensors refuses
+        tensors, numbers = _take_apart(memory)
         sizes = {
             "kv_heads": memory.keys.shape[1],
             "head_dim": memory.keys.shape[3],
@@ -130,7 +133,7 @@ def _describe(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]
         return {"kind": "converted", "sizes": sizes, "numbers": numbers | {"seen": layer.seen}}, tensors
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise LinearizeError(
-            f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved; fill a DynamicCache (the default)"
+            f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved; fill a DynamicCache"
         )
     if not layer.is_initialized:
         return {"kind": "softmax", "sizes": None, "numbers": {}}, {}
@@ -155,32 +158,39 @@ def _fill(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> No
         layer.cumulative_length = numbers[_LENGTH]
 
 
-def _take_apart(memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a memory, those of its state as `state.s` and so on, and its numbers."""
+def _take_apart(value: Any, path: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, all else) of a memory and of what it consists of, by their paths: `keys`, `state`, `state.s`, ...
+
+    A part is named by its class; every other entry that is no tensor is a number or None.
+    """
+    if isinstance(value, Tensor):
+        return {path: value}, {}
+    if type(value).__name__ not in _PARTS:
+        return {}, {path: value}
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name in (field.name for field in fields(memory)):
-        value = getattr(memory, name)
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, State):
-            tensors |= {f"{name}.{part}": x for part, x in value._asdict().items()}
-        else:
-            numbers[name] = value
+    numbers: dict[str, Any] = {path: type(value).__name__}
+    for name in _names(type(value)):
+        more_tensors, more_numbers = _take_apart(getattr(value, name), f"{path}.{name}" if path else name)
+        tensors |= more_tensors
+        numbers |= more_numbers
     return tensors, numbers
 
 
-def _put_together(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Memory:
+def _put_together(tensors: dict[str, Tensor], numbers: dict[str, Any], path: str = "") -> Any:
     """The inverse of `_take_apart`."""
-    values: dict[str, Any] = {}
-    for name in (field.name for field in fields(Memory)):
-        if name in tensors:
-            values[name] = tensors[name]
-        elif f"{name}.s" in tensors:
-            values[name] = State(*(tensors[f"{name}.{part}"] for part in State._fields))
-        else:
-            values[name] = numbers[name]
-    return Memory(**values)
+    if path in tensors:
+        return tensors[path]
+    value = numbers[path]
+    if value not in _PARTS:
+        return value
+    made = _PARTS[value]
+    names = {name: f"{path}.{name}" if path else name for name in _names(made)}
+    return made(**{name: _put_together(tensors, numbers, inner) for name, inner in names.items()})
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """The fields of a part, which is a NamedTuple or a dataclass."""
+    return part._fields if hasattr(part, "_fields") else tuple(field.name for field in fields(part))
 
 
 def _identity(model: Any) -> dict[str, Any]:

@@ -23,8 +23,8 @@ __all__ = [
     "ORIGINAL",
     "PIECES",
     "SINKS",
-    "WINDOW",
     "WAYS",
+    "WINDOW",
     "Case",
     "Way",
     "alone",
@@ -212,6 +212,10 @@ def _left(length: int) -> Tensor:
     return torch.arange(LENGTH - length, LENGTH)
 
 
+def _short(length: int) -> Tensor:
+    return torch.arange(WINDOW + 1 - length, WINDOW + 1)
+
+
 def _both(length: int) -> Tensor:
     return torch.arange(length) + 3
 
@@ -263,6 +267,6 @@ WAYS = (
     Way("embeddings in pieces", (sum(PIECES),) * 2, _pieces(*PIECES, embedded=True)),
     Way("empty past", EQUAL, _empty_past),
     Way("shorter than the sinks", (1, 1), _pieces(1)),
-    Way("short prompts, left-padded", (1, 2, WINDOW - 1, WINDOW + 1), _padded(lambda n: torch.arange(9 - n, 9), 9, 4, 1)),
+    Way("short prompts, left-padded", (1, 2, WINDOW - 1, WINDOW + 1), _padded(_short, WINDOW + 1, 4, 1)),
     Way("batch of eight", (LENGTH,) * 8, _pieces(LENGTH - 4, 1)),
 )

@@ -245,7 +245,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("`resize_token_embeddings`", ("model::TestVocabulary::test_more_and_fewer_tokens",)),
         Row("tied weights", ("model::TestVocabulary::test_tied_weights",)),
         Row("`save_pretrained`, `from_pretrained`", ("model::TestCopies::test_save_and_load",)),
-        Row("`deepcopy`, pickle, `load_state_dict`", ("model::TestCopies::test_model", "model::TestCopies::test_state_dict")),
+        Row(
+            "`deepcopy`, pickle, `load_state_dict`",
+            ("model::TestCopies::test_model", "model::TestCopies::test_state_dict"),
+        ),
         Row("`half()`, `bfloat16()`", ("model::TestCopies::test_half",)),
         Row(
             "both kinds of tokens, none at all, tokens that do not exist",
@@ -264,10 +267,10 @@ _INTRODUCTION = """\
 
 Whatever works on an original should work on its student. This page is written by the tests' own table
 ([`parity_table.py`](../tests/parity_table.py)); every row is tested, with tiny random models of every family, mixers
-`hedgehog` (each mix), `gla` and `none`, all layers converted and with layers that stay softmax, and prompts that are long
-enough for the state to be in use. "Works" means: the logits are those of one pass over each text alone, without a cache
-(1e-5 in float32; in half precision at most twice the error of that pass), and generated tokens are the same with a cache,
-without one, in a padded batch and row by row. The original itself goes through the same tests.
+`hedgehog` (each mix), `gla` and `none`, all layers converted and with layers that stay softmax, and prompts that are
+long enough for the state to be in use. "Works" means: the logits are those of one pass over each text alone, without a
+cache (1e-5 in float32; in half precision at most twice the error of that pass), and generated tokens are the same with
+a cache, without one, in a padded batch and row by row. The original itself goes through the same tests.
 
 The last column says where transformers' own hybrids, LFM2, Falcon-H1 and MiniMax, do less (tiny ones in transformers
 5.23, on a CPU). Qwen3-Next and OLMo-Hybrid do not run on a CPU where flash-linear-attention is installed.

@@ -1,4 +1,4 @@
-"""Unusual and wrong inputs: what the original accepts gives what it should, and what cannot work says so in one line."""
+"""Unusual and wrong inputs: what the original accepts gives what it should, what cannot work says so in one line."""
 
 import pytest
 import torch
@@ -159,10 +159,18 @@ class TestCaches:
         ("case", "maker", "says"),
         [
             (Case("llama", "normalizer"), Case("llama", ORIGINAL), "made by the original attention; start a new cache"),
-            (Case("llama", "normalizer"), Case("llama", "none"), "no state, which are not this model's; start a new cache"),
+            (
+                Case("llama", "normalizer"),
+                Case("llama", "none"),
+                "no state, which are not this model's; start a new cache",
+            ),
             (Case("llama", "none"), Case("llama", "gate"), "a state, which are not this model's; start a new cache"),
             (Case("llama", "gla"), Case("llama", "gate"), "the memory holds a state of shape"),
-            (Case("llama", "gate"), Case("qwen3", "gate"), "the memory holds 2 rows of 2 key heads, torch.float32 of 32"),
+            (
+                Case("llama", "gate"),
+                Case("qwen3", "gate"),
+                "the memory holds 2 rows of 2 key heads, torch.float32 of 32",
+            ),
             (Case("llama", "gate", (1,)), Case("llama", "gate"), "the original attention needs every key and value"),
             (Case("llama", "gate"), Case("llama", "gate", (0,)), "made by the original attention; start a new cache"),
             (Case("llama", ORIGINAL), Case("llama", "gate"), "the original attention needs every key and value"),
@@ -175,7 +183,10 @@ class TestCaches:
         assert says in message(lambda: make(case)(tokens[:, READ:], past_key_values=cache))
 
     def test_of_another_window(self):
-        tokens, other = make_tokens(2, LENGTH), convert(make_model("llama", num_hidden_layers=2), LinearizeConfig(window=16))
+        tokens, other = (
+            make_tokens(2, LENGTH),
+            convert(make_model("llama", num_hidden_layers=2), LinearizeConfig(window=16)),
+        )
         _, cache = in_pieces(make(Case("llama", "normalizer")), [READ], tokens[:, :READ])
         assert "which are not this model's; start a new cache" in message(
             lambda: other(tokens[:, READ:], past_key_values=cache)
@@ -190,7 +201,10 @@ class TestCaches:
     def test_of_fewer_layers(self, case):
         tokens, model = make_tokens(2, LENGTH), make(case, num_hidden_layers=3)
         cache = DynamicCache(config=make(case).config)
-        assert message(lambda: model(tokens, past_key_values=cache)) == "cache: it has 2 layers but the model needs layer 2"
+        assert (
+            message(lambda: model(tokens, past_key_values=cache))
+            == "cache: it has 2 layers but the model needs layer 2"
+        )
 
     @everywhere
     def test_crop_by_a_length(self, case):

@@ -1,4 +1,4 @@
-"""`generate` on a student: with a cache as without, in a padded batch as row by row, in every mode that transformers has.
+"""`generate` on a student: with a cache as without, in a padded batch as row by row, in all of transformers' modes.
 
 The original runs through the same tests: they are the bar. Prompts are long enough for the state to be in use.
 """
@@ -117,7 +117,11 @@ class TestModes:
 
     def test_what_transformers_has_moved_to_the_hub(self, model, texts):
         """Contrastive search, DoLa and group beams are code on the hub now: for the original as for the student."""
-        for options in ({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"num_beams": 4, "num_beam_groups": 2}):
+        for options in (
+            {"penalty_alpha": 0.6, "top_k": 4},
+            {"dola_layers": "low"},
+            {"num_beams": 4, "num_beam_groups": 2},
+        ):
             with pytest.raises((ValueError, OSError)):
                 generate(model, texts[0][None], **options)
 
@@ -129,9 +133,9 @@ class TestOutputs:
         out = generate(model, tokens, mask, output_scores=True, output_logits=True, return_dict_in_generate=True)
         full = torch.cat([mask, torch.ones(3, NEW, dtype=mask.dtype)], dim=1)
         with torch.no_grad():
-            logits = model(
-                out.sequences, attention_mask=full, position_ids=positions_of(full), use_cache=False
-            ).logits[:, -NEW - 1 : -1]
+            logits = model(out.sequences, attention_mask=full, position_ids=positions_of(full), use_cache=False).logits[
+                :, -NEW - 1 : -1
+            ]
         torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, **LOGITS)
         torch.testing.assert_close(torch.stack(out.scores, dim=1), logits, **LOGITS)
 
@@ -244,9 +248,9 @@ class TestCaches:
 
     def test_static_with_beams_and_pieces(self, model, texts):
         tokens, mask = left_padded(texts)
-        options = {"cache_implementation": "static"}
-        assert torch.equal(generate(model, tokens, mask, num_beams=3, **options), generate(model, tokens, mask, num_beams=3))
-        assert torch.equal(generate(model, tokens, mask, prefill_chunk_size=16, **options), generate(model, tokens, mask))
+        for options in ({"num_beams": 3}, {"prefill_chunk_size": 16}):
+            static = generate(model, tokens, mask, cache_implementation="static", **options)
+            assert torch.equal(static, generate(model, tokens, mask, **options))
 
 
 HELPERS = (Case("llama", ORIGINAL), Case("llama", "normalizer"), Case("mistral", "none", (0,)))
@@ -275,7 +279,7 @@ class TestAssisted:
 
     @pytest.mark.parametrize(("case", "helper", "seed"), covering(MODELS, HELPERS, (0, 1)), ids=str)
     def test_an_assistant_model(self, case, helper, seed):
-        """An original or a student helps: one with the model's own weights (seed 0) is often right, another one never."""
+        """An original or a student helps: with the model's own weights (seed 0) it is often right, else never."""
         assistant = make(helper, seed=seed)
         assistant.generation_config.num_assistant_tokens = 5  # fewer than W, which a converted layer can take back
         assistant.generation_config.num_assistant_tokens_schedule = "constant"

@@ -210,7 +210,7 @@ class TestCompile:
 
     @pytest.mark.parametrize("case", [MODELS[0], MODELS[1], Case("llama", "gate", (1,))], ids=str)
     def test_decoding(self, case):
-        """A static cache: one graph decodes every token, over the ends of chunks, in a model with softmax layers too."""
+        """A static cache: one graph decodes every token, over the ends of chunks, beside softmax layers too."""
         model, tokens = make(case), make_tokens(2, LENGTH)
         expected = torch.stack(alone(model, list(tokens)))
         cache = StaticCache(config=model.config, max_cache_len=LENGTH + 4)

@@ -140,13 +140,19 @@ class TestRefused:
         ("model", "says"),
         [
             (lambda: make(CASES[0], seed=5), "it was made by a model of weights"),
-            (lambda: make(CASES[0], torch.bfloat16), "it was made by a model of dtype float32, and this one's is bfloat16"),
+            (
+                lambda: make(CASES[0], torch.bfloat16),
+                "it was made by a model of dtype float32, and this one's is bfloat16",
+            ),
             (lambda: make(Case("mistral", "normalizer")), "it was made by a model of model_type llama"),
             (lambda: make(Case("llama", "peak")), "it was made by a model of conversion"),
             (lambda: make(Case("llama", "none")), "'features': 32}, the model's is a converted layer"),
             (lambda: make(Case("llama", "normalizer", (1,))), "layer 1 is a converted layer"),
             (lambda: make(Case("qwen3", "normalizer")), "'head_dim': 16, 'window': 8"),
-            (lambda: make(CASES[0], num_hidden_layers=3), "it has 2 layers and the model 3; give the model that made it"),
+            (
+                lambda: make(CASES[0], num_hidden_layers=3),
+                "it has 2 layers and the model 3; give the model that made it",
+            ),
             (
                 lambda: convert(make_model("llama", num_hidden_layers=2), LinearizeConfig(window=16, sinks=2)),
                 "'window': 16, 'sinks': 2",
@@ -188,6 +194,8 @@ class TestRefused:
         model = make(Case("llama", ORIGINAL))
         cache = StaticCache(config=model.config, max_cache_len=LENGTH)
         model(make_tokens(1, 9), past_key_values=cache)
-        with pytest.raises(LinearizeError, match="layer 0 is a StaticLayer, which cannot be saved; fill a DynamicCache"):
+        with pytest.raises(
+            LinearizeError, match="layer 0 is a StaticLayer, which cannot be saved; fill a DynamicCache"
+        ):
             save_cache(cache, tmp_path / "cache")
         assert not list(tmp_path.iterdir())
