@@ -11,7 +11,6 @@ from tests.parity import WAYS
 __all__ = ["PAGE", "TABLE", "Row", "markdown"]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
-GLA = "works; gla: refused, its state decays at every token and cannot go back"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row(
             "sampling from a seed",
-            ("generate::TestModes::test_sampling", "generate::TestModes::test_sampling_from_the_likeliest"),
+            ("generate::TestModes::test_sampling",),
         ),
         Row("`num_return_sequences`", ("generate::TestModes::test_several_sequences",)),
         Row(
@@ -111,17 +110,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(
             "prompt lookup",
             ("generate::TestAssisted::test_prompt_lookup",),
-            GLA,
-            "only LFM2",
+            hybrids="only LFM2",
         ),
         Row(
             "an assistant model; a student as assistant",
-            (
-                "generate::TestAssisted::test_an_assistant_model",
-                "generate::TestAssisted::test_an_assistant_that_cannot_roll_back",
-            ),
-            GLA + "; `num_assistant_tokens` at most W",
-            "only LFM2",
+            ("generate::TestAssisted::test_an_assistant_model",),
+            hybrids="only LFM2",
         ),
         Row("scores and logits", ("generate::TestOutputs::test_scores_and_logits",)),
         Row(
@@ -186,10 +180,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
                 "cache::TestCrop::test_rows_of_different_lengths",
                 "cache::TestCrop::test_again_and_again",
                 "cache::TestCrop::test_nothing_to_remove",
+                "cache::TestCrop::test_recorded",
                 "cache::TestCrop::test_too_far",
                 "bad_input::TestCaches::test_crop_by_a_length",
             ),
-            "works, exactly, by up to W tokens; farther: refused; gla: refused",
+            "works, exactly, by up to W tokens (not gla), or by all since `activate_past_recording`; else refused",
             "raises; LFM2 can where past recording was switched on",
         ),
         Row("copies and pickles", ("cache::TestCopies::test_branches",)),

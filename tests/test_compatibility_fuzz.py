@@ -62,14 +62,19 @@ class Crop:
     columns: int
 
 
+@dataclass(frozen=True)
+class Record:
+    """From here on everything that comes may be taken back."""
+
+
 seeds = st.integers(0, 99)
 gives = st.builds(Give, st.sampled_from(SIZES), st.sampled_from((0.0, 0.0, 0.3, 0.9)), seeds)
 long_gives = st.builds(Give, st.sampled_from((5 * WINDOW, 6 * WINDOW + 3)), st.sampled_from((0.0, 0.3)), seeds)
 moves = st.builds(Move, st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), st.booleans())
 repeats = st.builds(Repeat, st.integers(1, 2))
-crops = st.builds(Crop, st.integers(0, WINDOW))
+crops = st.builds(Crop, st.integers(0, 3 * WINDOW))
 first = st.one_of(long_gives, long_gives, gives)
-conversations = st.lists(st.one_of(gives, gives, moves, repeats, crops), min_size=3, max_size=9)
+conversations = st.lists(st.one_of(gives, gives, moves, repeats, crops, st.builds(Record)), min_size=3, max_size=9)
 cases = st.builds(Case, st.sampled_from(FAMILIES), st.sampled_from(FARS), st.sampled_from(((), (0,), (1,))))
 
 
@@ -80,7 +85,10 @@ def model_of(case: Case) -> Any:
 
 @dataclass
 class Conversation:
-    """A cache and what was put into it. `highest`: the most columns that it has held since rows were last its own."""
+    """A cache and what was put into it.
+
+    highest: the most columns that it has held. recorded: the columns that it can always go back to, None without.
+    """
 
     model: Any
     rolls_back: bool
@@ -88,6 +96,7 @@ class Conversation:
     mask: Tensor
     cache: DynamicCache
     highest: int = 0
+    recorded: int | None = None
 
     @torch.no_grad()
     def give(self, step: Give) -> None:
@@ -117,14 +126,23 @@ class Conversation:
         self.tokens = self.tokens.repeat_interleave(step.times, dim=0)
         self.mask = self.mask.repeat_interleave(step.times, dim=0)
 
+    def record(self, step: Record) -> None:
+        self.cache.activate_past_recording()
+        self.recorded = self.tokens.shape[1]
+
     def crop(self, step: Crop) -> None:
-        """Not below W columns under the most that there were, which is all that is promised."""
-        remove = min(step.columns, WINDOW - self.highest + self.tokens.shape[1], self.tokens.shape[1])
-        if not self.rolls_back:
+        """As far as is promised: W columns under the most that there were, or to what is recorded. One stays: rows of
+        transformers' own layers do not move where there is none."""
+        columns = self.tokens.shape[1]
+        without = WINDOW - self.highest + columns if self.rolls_back else 0
+        recorded = 0 if self.recorded is None else columns - self.recorded
+        remove = min(step.columns, max(without, recorded), columns - 1)
+        if not remove and not self.rolls_back and self.recorded is None:
             return
         self.cache.crop(-remove)
-        event(f"tokens taken back: {remove > 0}")
-        keep = self.tokens.shape[1] - remove
+        event(f"tokens taken back: {remove > 0}, more than W: {remove > WINDOW}")
+        keep = columns - remove
+        self.recorded = None if self.recorded is None else keep
         self.tokens, self.mask = self.tokens[:, :keep], self.mask[:, :keep]
 
 
@@ -132,9 +150,10 @@ def hold(case: Case, rows: int, steps: list[Any]) -> None:
     """Run a conversation; every piece's logits are compared."""
     empty = torch.zeros(rows, 0, dtype=torch.long)
     talk = Conversation(model_of(case), case.far != "gla", empty, empty, DynamicCache())
+    takes = {Give: talk.give, Move: talk.move, Repeat: talk.repeat, Crop: talk.crop, Record: talk.record}
     for step in steps:
         note(str(step))
-        {Give: talk.give, Move: talk.move, Repeat: talk.repeat, Crop: talk.crop}[type(step)](step)
+        takes[type(step)](step)
     event(f"more than 5 W columns: {talk.highest > 5 * WINDOW}")
 
 
