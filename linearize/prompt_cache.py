@@ -43,6 +43,7 @@ HEADER = "linearize"
 PER_TENSOR = 4  # values of each weight that tell one model from another
 # What a converted layer's memory consists of.
 _PARTS: dict[Any, Any] = {part.__name__: part for part in (Memory, State, Undo)}
+_MARKS = "layer.marks"
 _LENGTH = "cumulative_length"  # of a layer with a sliding window of its own
 
 
@@ -60,7 +61,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: Any = None) ->
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        description, parts = _describe(layer, index)
+        description, parts = _describe(layer, index, type(cache).__name__)
         layers.append(description)
         tensors |= {f"layers.{index}.{name}": x.detach().cpu().contiguous() for name, x in parts.items()}
     if not tensors:
@@ -99,10 +100,10 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> DynamicCache:
     if HEADER not in metadata:
         raise LinearizeError(f"{str(path)!r}: it holds tensors but no cache; give a file that save_cache wrote")
     header = json.loads(metadata[HEADER])
-    if header["format"] != FORMAT_VERSION:
+    if header.get("format") != FORMAT_VERSION:
         raise LinearizeError(
-            f"{str(path)!r}: format {header['format']!r} is not the {FORMAT_VERSION} that this version of linearize "
-            f"reads; install linearize {header['version']}, which wrote it"
+            f"{str(path)!r}: format {header.get('format')!r} is not the {FORMAT_VERSION} that this version of "
+            f"linearize reads; install linearize {header.get('version')}, which wrote it"
         )
     _check_model(path, header, model)
     base = base_model(model)
@@ -116,24 +117,13 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> DynamicCache:
     return cache
 
 
-def _describe(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(what the header says of a layer, its tensors by name)."""
-    if isinstance(layer, NearFarLayer):
-        if layer.memory is None:
-            return {"kind": "converted", "sizes": None, "numbers": {}}, {}
-        memory = layer.memory.map(torch.clone)  # its tensors may share memory, which safetensors refuses
-        tensors, numbers = _take_apart(memory)
-        sizes = {
-            "kv_heads": memory.keys.shape[1],
-            "head_dim": memory.keys.shape[3],
-            "window": memory.near_k.shape[2] // 2,
-            "sinks": memory.sinks,
-            "features": None if memory.state is None else memory.state.s.shape[2],
-        }
-        return {"kind": "converted", "sizes": sizes, "numbers": numbers | {"seen": layer.seen}}, tensors
+def _describe(layer: Any, index: int, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what the header says of a layer in a cache of some kind, its tensors by name)."""
+    if isinstance(layer, NearFarLayer) and layer.limit is None:
+        return _describe_converted(layer)
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise LinearizeError(
-            f"cache: layer {index} is a {type(layer).__name__}, which cannot be saved; fill a DynamicCache"
+            f"cache: layer {index}, a {type(layer).__name__} in a {kind}, cannot be saved; fill a DynamicCache"
         )
     if not layer.is_initialized:
         return {"kind": "softmax", "sizes": None, "numbers": {}}, {}
@@ -142,13 +132,32 @@ def _describe(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]
     return {"kind": "softmax", "sizes": sizes, "numbers": numbers}, {"keys": layer.keys, "values": layer.values}
 
 
+def _describe_converted(layer: NearFarLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if layer.memory is None:
+        return {"kind": "converted", "sizes": None, "numbers": {}}, {}
+    memory = layer.memory.map(torch.clone)  # its tensors may share memory, which safetensors refuses
+    tensors, numbers = _take_apart(memory)
+    if layer.marks is not None:
+        tensors[_MARKS] = layer.marks
+    sizes = {
+        "kv_heads": memory.keys.shape[1],
+        "head_dim": memory.keys.shape[3],
+        "window": memory.near_k.shape[2] // 2,
+        "sinks": memory.sinks,
+        "features": None if memory.state is None else memory.state.s.shape[2],
+    }
+    numbers |= {"layer.seen": layer.seen, "layer.since": layer.since}
+    return {"kind": "converted", "sizes": sizes, "numbers": numbers}, tensors
+
+
 def _fill(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """What `_describe` took from a layer, into an empty one of the same kind."""
     if not tensors:
         return
     keys, values = tensors["keys"], tensors["values"]
     if isinstance(layer, NearFarLayer):
-        layer.seen = numbers["seen"]
+        layer.seen, layer.since = numbers["layer.seen"], numbers["layer.since"]
+        layer.marks = tensors.get(_MARKS)
         layer.memory = _put_together(tensors, numbers)
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return

@@ -196,6 +196,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
                 "prompt_cache::test_the_file_goes_on_as_the_cache",
                 "prompt_cache::test_generate",
                 "prompt_cache::test_rows_are_added_after_loading",
+                "prompt_cache::test_tokens_are_taken_back_after_loading",
                 "prompt_cache::test_beside_sliding_layers",
                 "prompt_cache::test_what_the_header_says",
                 "prompt_cache::test_a_fresh_process",

@@ -74,6 +74,21 @@ def test_rows_are_added_after_loading(tmp_path):
     torch.testing.assert_close(actual, expected[:, READ:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3]], ids=str)
+def test_tokens_are_taken_back_after_loading(case, tmp_path):
+    """What `crop` needs is in the file: the chunk before the window, and which of the last columns are padding."""
+    model, (tokens, mask) = make(case), left_padded([row[:n] for row, n in zip(make_tokens(2, READ), (READ, 2))])
+    _, cache = in_pieces(model, [READ - 5, 1], tokens, mask)
+    save_cache(cache, tmp_path / "cache", model)
+    loaded = load_cache(tmp_path / "cache", model)
+    mask = torch.cat([mask[:, : READ - WINDOW], torch.ones(2, 20, dtype=mask.dtype)], dim=1)
+    rest, logits = make_tokens(2, 20, seed=9), []
+    for one in (cache, loaded):
+        one.crop(-WINDOW)
+        logits.append(in_pieces(model, [7, 1], rest, mask, one)[0])
+    assert torch.equal(*logits)
+
+
 def test_beside_sliding_layers(tmp_path):
     changes = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 6}
     model, tokens = make(Case("qwen2", "gate"), **changes), make_tokens(2, LENGTH)
@@ -194,8 +209,11 @@ class TestRefused:
         model = make(Case("llama", ORIGINAL))
         cache = StaticCache(config=model.config, max_cache_len=LENGTH)
         model(make_tokens(1, 9), past_key_values=cache)
-        with pytest.raises(
-            LinearizeError, match="layer 0 is a StaticLayer, which cannot be saved; fill a DynamicCache"
-        ):
+        with pytest.raises(LinearizeError, match="layer 0, a StaticLayer in a StaticCache, cannot be saved; fill a"):
+            save_cache(cache, tmp_path / "cache")
+        model = make(CASES[0])
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+        model(make_tokens(1, 9), past_key_values=cache)
+        with pytest.raises(LinearizeError, match="layer 0, a NearFarLayer in a StaticCache, cannot be saved"):
             save_cache(cache, tmp_path / "cache")
         assert not list(tmp_path.iterdir())
