@@ -178,6 +178,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
                 "cache::TestCrop::test_after_a_pass",
                 "cache::TestCrop::test_after_tokens",
                 "cache::TestCrop::test_rows_of_different_lengths",
+                "cache::TestCrop::test_padding_among_them",
                 "cache::TestCrop::test_again_and_again",
                 "cache::TestCrop::test_nothing_to_remove",
                 "cache::TestCrop::test_recorded",

@@ -74,7 +74,9 @@ moves = st.builds(Move, st.lists(st.integers(0, 3), min_size=1, max_size=3).map(
 repeats = st.builds(Repeat, st.integers(1, 2))
 crops = st.builds(Crop, st.integers(0, 3 * WINDOW))
 first = st.one_of(long_gives, long_gives, gives)
-conversations = st.lists(st.one_of(gives, gives, moves, repeats, crops, st.builds(Record)), min_size=3, max_size=9)
+conversations = st.lists(
+    st.one_of(gives, gives, moves, repeats, crops, crops, st.builds(Record)), min_size=3, max_size=9
+)
 cases = st.builds(Case, st.sampled_from(FAMILIES), st.sampled_from(FARS), st.sampled_from(((), (0,), (1,))))
 
 
