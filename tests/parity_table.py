@@ -38,7 +38,8 @@ _WAYS = {
 
 
 def _ways() -> tuple[Row, ...]:
-    return tuple(Row(way.name, ("forward::test_ways",), hybrids=_WAYS.get(way.name, "")) for way in WAYS)
+    rows = (Row(way.name, ("forward::test_ways",), hybrids=_WAYS.get(way.name, "")) for way in WAYS)
+    return (*rows, Row("in pieces, padded or not, in every other family", ("forward::test_other_families",)))
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -263,11 +264,12 @@ _INTRODUCTION = """\
 # What works on a student
 
 Whatever works on an original should work on its student. This page is written by the tests' own table
-([`parity_table.py`](../tests/parity_table.py)); every row is tested, with tiny random models of every family, mixers
-`hedgehog` (each mix), `gla` and `none`, all layers converted and with layers that stay softmax, and prompts that are
-long enough for the state to be in use. "Works" means: the logits are those of one pass over each text alone, without a
-cache (1e-5 in float32; in half precision at most twice the error of that pass), and generated tokens are the same with
-a cache, without one, in a padded batch and row by row. The original itself goes through the same tests.
+([`parity_table.py`](../tests/parity_table.py)); every row is tested, with tiny random models of Llama, Mistral, Qwen2
+and Qwen3, mixers `hedgehog` (each mix), `gla` and `none`, all layers converted and with layers that stay softmax, and
+prompts that are long enough for the state to be in use. "Works" means: the logits are those of one pass over each text
+alone, without a cache (1e-5 in float32; in half precision at most twice the error of that pass), and generated tokens
+are the same with a cache, without one, in a padded batch and row by row. The original itself goes through the same
+tests.
 
 The last column says where transformers' own hybrids, LFM2, Falcon-H1 and MiniMax, do less (tiny ones in transformers
 5.23, on a CPU). Qwen3-Next and OLMo-Hybrid do not run on a CPU where flash-linear-attention is installed.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.parity import FARS, LOGITS, ORIGINAL, WAYS, Case, alone, covering, make
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, OTHER_FAMILIES
 
 HALF = (torch.bfloat16, torch.float16)
 CASES = [
@@ -38,3 +38,22 @@ def test_ways(way, case, dtype):
     decided = first - second > 2 * allowed
     assert decided.any()
     assert torch.equal(actual.argmax(-1)[decided], exact.argmax(-1)[decided])
+
+
+OTHERS = [
+    (way, Case(family, far))
+    for way, family, far in covering(
+        [way for way in WAYS if way.name in ("uneven pieces", "left-padded in pieces")],
+        OTHER_FAMILIES,
+        ("normalizer", "gla"),
+    )
+]
+
+
+@pytest.mark.parametrize(("way", "case"), OTHERS, ids=str)
+def test_other_families(way, case):
+    """The same in the families that the other tests leave out, at two ways; some have sliding windows of their own."""
+    model, texts = make(case, num_hidden_layers=3), way.texts()
+    actual, expected = torch.cat(way.run(model, texts)), torch.cat(alone(model, texts))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)  # logits of up to 30
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
