@@ -307,7 +307,7 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
     names = [module_name for module_name, _ in base_model(model).named_modules()]
     unknown = [x for x in targets if not any(f".{known}".endswith(f".{x}") for known in names)]
     if unknown:
-        known = sorted({leaf for x in names if (leaf := x.rpartition(".")[2]).endswith("_proj")})
+        known = sorted({x.rpartition(".")[2] for x, y in base_model(model).named_modules() if isinstance(y, nn.Linear)})
         raise LinearizeError(
             f"lora_targets: no module is called {', '.join(unknown)}; the model has {', '.join(known)}"
         )

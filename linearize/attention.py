@@ -1,7 +1,6 @@
 """The one converted attention module, for all families."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from linearize.families import Family, Geometry
 from linearize.kernels.near_far import MIXERS, Mixer, near_far_attention
 from linearize.kernels.near_far.documents import Documents
 from linearize.kernels.near_far.mixers import accumulation_dtype, full_precision
+from linearize.offload import loaded
 
 __all__ = ["ConvertedAttention", "Mix", "Observation", "Switch"]
 
@@ -162,20 +162,6 @@ class ConvertedAttention(nn.Module):
         self.original.training = mode
         return super().train(mode)
 
-    @contextmanager
-    def _loaded(self) -> Iterator[None]:
-        """Inside, an offloaded mixer is on its device. accelerate loads a module when its `forward` is called, and a
-        mixer has none: its hook is asked by hand."""
-        hook = None if self.mixer is None else getattr(self.mixer, "_hf_hook", None)
-        if hook is None:
-            yield
-            return
-        hook.pre_forward(self.mixer)
-        try:
-            yield
-        finally:
-            hook.post_forward(self.mixer, None)
-
     def reset_parameters(self) -> None:
         """The untrained start: the mixer's own, and the config's mix."""
         for module in (self.mixer, self.mix):
@@ -224,7 +210,7 @@ class ConvertedAttention(nn.Module):
         q, k = self._rotate(position_embeddings, q, k)
         # Under autocast the rotary embedding widens what the projections narrowed.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        with full_precision(q), self._loaded():
+        with full_precision(q), loaded(self.mixer):
             if self.switch.observer is not None:
                 self.switch.observer(Observation(self, q, k, v, near_far_mask, near_far_documents))
             logit = self.mix_logit(q)

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 from linearize.errors import LinearizeError
 from linearize.kernels.near_far import Memory, Mixer, near_far_step
 from linearize.kernels.near_far.rollback import remove_tokens
+from linearize.offload import loaded
 
 __all__ = ["NearFarLayer", "cache_bytes", "install_layers", "new_cache"]
 
@@ -39,19 +40,20 @@ class NearFarLayer(CacheLayerMixin):
     length; `memory.lengths` counts each row's real tokens.
 
     Args:
-        limit: for a layer in the place of a preallocated one, that one's `max_cache_len`: the memory is then one for
-            graphs, whose tensors stay where they are, and `seen` a tensor. It does not bound this layer's length.
+        static_length: for a layer in the place of a preallocated one, that one's `max_cache_len`: the memory is then
+            one for graphs, whose tensors stay where they are, and `seen` a tensor. It bounds no length, only masks.
     """
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, static_length: int | None = None) -> None:
         super().__init__()
-        self.limit = limit
+        self.static_length = static_length
         self.memory: Memory | None = None
         self.seen: int | Tensor = self._zero()
-        # Which of the latest columns are real tokens: (B, at most 2 W) bool, and how many real ones came after them.
+        # Which columns are real tokens, (B, n) bool, and how many came since that all are. Dropped when 2 W have come:
+        # nothing goes back further than W real tokens.
         self.marks: Tensor | None = None
         self.since = 0
         self.record_past = False
@@ -59,25 +61,25 @@ class NearFarLayer(CacheLayerMixin):
         self.behind: CacheLayerMixin | None = None
 
     def _zero(self) -> int | Tensor:
-        return 0 if self.limit is None else torch.tensor(0)
+        return 0 if self.static_length is None else torch.tensor(0)
 
     @property
     def is_compileable(self) -> bool:
         """Whether the tensors stay where they are and a step asks them nothing."""
-        return self.limit is not None
+        return self.static_length is not None
 
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` puts the layer back as it was."""
         recorded = self.record_past or self.memory is None or self.memory.undo is not None
-        return self.limit is None and recorded
+        return self.static_length is None and recorded
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, mix_logit: Tensor | None, **options: Any
     ) -> Tensor:
         """Attention of the new tokens; the layer remembers them. Arguments as in `near_far_step`."""
         memory, mask = self._ready(k, v, mixer, options), options.get("mask")
-        if self.record is not None and self.limit is None:
+        if self.record is not None and self.static_length is None:
             self.record.pieces.append((k.detach(), v.detach(), mask))
             self.record.again = _Again(q.shape[1], mixer, options)
         out, self.memory = near_far_step(q, k, v, memory, mixer, mix_logit, **options)
@@ -90,7 +92,11 @@ class NearFarLayer(CacheLayerMixin):
 
     def _ready(self, k: Tensor, v: Tensor, mixer: Mixer | None, options: dict[str, Any]) -> Memory:
         """The memory, made where there is none, and fitting these keys and options."""
-        window, sinks, static = options["window"], options["sinks"], self.limit is not None
+        window, sinks, static = options["window"], options["sinks"], self.static_length is not None
+        if not torch.compiler.is_compiling():
+            self._make_writable()
+            if not self.record_past:  # transformers clears the flag when it is done
+                self.record = None
         memory = self.memory
         if memory is None:
             memory = Memory.empty(k, v, mixer, window=window, sinks=sinks, static=static)
@@ -102,11 +108,6 @@ class NearFarLayer(CacheLayerMixin):
                     _fix_addresses(memory, self.seen)
             self.memory = memory
             return memory
-        if not torch.compiler.is_compiling():
-            if memory.keys.is_inference() and not torch.is_inference_mode_enabled():
-                self.memory = memory = memory.map(torch.clone)  # what inference mode has made could not be written to
-            if not self.record_past:  # transformers clears the flag when it is done
-                self.record = None
         held = memory.near_k.shape[2] // 2, memory.sinks, memory.state is not None
         if held != (window, sinks, mixer is not None):
             raise LinearizeError(
@@ -115,6 +116,14 @@ class NearFarLayer(CacheLayerMixin):
             )
         return memory
 
+    def _make_writable(self) -> None:
+        """What inference mode has made could not be written to outside of it: copies of it can."""
+        if self.memory is None or not self.memory.keys.is_inference() or torch.is_inference_mode_enabled():
+            return
+        self._map(torch.clone)
+        if isinstance(self.seen, Tensor):
+            self.seen = self.seen.clone()
+
     def _mark(self, mask: Tensor | None, new: int, window: int) -> None:
         if mask is None:
             self.since += new
@@ -122,11 +131,8 @@ class NearFarLayer(CacheLayerMixin):
                 self.marks = None
             return
         real = mask.bool()
-        if self.marks is not None:
-            real = torch.cat([self.marks, real.new_ones(real.shape[0], self.since), real], dim=1)
-        elif self.since:
-            real = torch.cat([real.new_ones(real.shape[0], min(self.since, 2 * window)), real], dim=1)
-        self.marks, self.since = real[:, -2 * window :], 0
+        held = [real.new_ones(real.shape[0], self.since), real]
+        self.marks, self.since = torch.cat(held if self.marks is None else [self.marks, *held], dim=1), 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: `step` allocates when it knows the mixer."""
@@ -145,8 +151,8 @@ class NearFarLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) as for a layer that holds everything: kept softmax layers build their masks by it."""
         if isinstance(self.seen, Tensor):
-            assert self.limit is not None
-            return self.limit, 0
+            assert self.static_length is not None
+            return self.static_length, 0
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -170,6 +176,7 @@ class NearFarLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything. A layer for graphs keeps its tensors, emptied."""
+        self._make_writable()
         self.marks, self.since = None, 0
         self.record = _Record(None) if self.record_past else None
         if isinstance(self.seen, Tensor) and self.memory is not None:
@@ -205,7 +212,7 @@ class NearFarLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From here on the layer can go back to where it is, however far it has come: transformers' protocol for
         decoding with candidates. `crop` moves the point on, so call it after each batch of candidates."""
-        if self.limit is None:
+        if self.static_length is None:
             self.record_past = True
             self._restart_record()
 
@@ -229,8 +236,9 @@ class NearFarLayer(CacheLayerMixin):
                 "the number of tokens to remove as a negative one"
             )
         removed = -tokens_to_remove
+        self._make_writable()
         if removed and self.memory is not None:
-            if self.limit is None and removed > self.seen:
+            if self.static_length is None and removed > self.seen:
                 raise LinearizeError(f"cache: cannot remove {removed} tokens, it holds {self.seen}; remove fewer")
             window = self.memory.near_k.shape[2] // 2
             if self.record is not None and (removed > window or self.memory.undo is None):
@@ -252,8 +260,9 @@ class NearFarLayer(CacheLayerMixin):
                 f"cache: cannot remove {removed} tokens, {kept + removed} came since the last crop; copy the cache "
                 "before the tokens that may be rejected"
             )
-        memory = record.start
-        for k, v, mask in record.pieces:
+        self.prefetch()  # a layer that is away comes back to where its mixer is
+        memory = self.record.start
+        for k, v, mask in self.record.pieces:
             if not kept:
                 break
             part = slice(0, min(kept, k.shape[2]))
@@ -267,14 +276,13 @@ class NearFarLayer(CacheLayerMixin):
         earlier = removed - self.since
         if self.marks is None or earlier <= 0:
             return torch.full_like(self.memory.lengths, removed)
-        before = max(earlier - self.marks.shape[1], 0)  # of these all are real
-        return self.marks[:, -earlier:].sum(1) + self.since + before
+        return self.marks[:, -earlier:].sum(1) + self.since
 
     def _unmark(self, removed: int) -> None:
         earlier = removed - self.since
         self.since = max(-earlier, 0)
         if self.marks is not None and earlier > 0:
-            self.marks = self.marks[:, : max(self.marks.shape[1] - earlier, 0)]
+            self.marks = self.marks[:, :-earlier]
 
 
 @dataclass(frozen=True)
@@ -290,7 +298,8 @@ class _Again:
         if memory is None:
             memory = Memory.empty(k, v, self.mixer, window=options["window"], sinks=options["sinks"])
         q = k.new_zeros(k.shape[0], self.heads, *k.shape[2:])
-        return near_far_step(q, k, v, memory, self.mixer, **options)[1]
+        with loaded(self.mixer):
+            return near_far_step(q, k, v, memory, self.mixer, **options)[1]
 
 
 def _fix_addresses(memory: Memory, seen: Tensor) -> None:
@@ -323,8 +332,7 @@ def install_layers(cache: Cache, layers: list[int], rows: int | None = None) -> 
                 f"cache: layer {index} holds {layer.get_seq_length()} tokens of a {type(layer).__name__}, made by the "
                 "original attention; start a new cache for the converted model"
             )
-        limit = layer.max_cache_len if isinstance(layer, StaticLayer) else None
-        cache.layers[index] = NearFarLayer(limit)
+        cache.layers[index] = NearFarLayer(layer.max_cache_len if isinstance(layer, StaticLayer) else None)
         made = True
     if not made:
         _check_tokens(cache, layers[0], rows)
@@ -348,7 +356,7 @@ def _check_tokens(cache: Cache, index: int, rows: int | None) -> None:
             f"cache: it holds {held} rows but the batch has {rows}; reorder or repeat the cache first, or start a new "
             "one"
         )
-    if layer.limit is not None:
+    if layer.static_length is not None:
         return
     for other, kept in enumerate(cache.layers):
         if not isinstance(kept, NearFarLayer):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from linearize.attention import ConvertedAttention, Switch
-from linearize.cache import install_layers, new_cache
+from linearize.cache import NearFarLayer, install_layers, new_cache
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, Geometry, family_of, geometry_of, own_window
@@ -285,8 +285,8 @@ class _BeforeDecoder:
         if isinstance(mask, dict) and NEW_TOKENS_MASK in mask:
             kwargs["attention_mask"], mask = _apart(mask)
         kwargs["near_far_mask"] = _new_tokens_mask(mask, tokens.shape[1], cache)
-        if packed is False and kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor):
-            kwargs["position_ids"] = _positions(mask, tokens.shape[1], cache)
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self._positions(kwargs["near_far_mask"], tokens, cache)
         kwargs["near_far_documents"] = None
         if packed:
             kwargs["near_far_documents"] = _packed_documents(kwargs, tokens, attention, cache is not None or new)
@@ -312,6 +312,25 @@ class _BeforeDecoder:
             # mask that is 4-D already down as it is.
             kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         return (), kwargs
+
+    def _positions(self, mask: torch.Tensor | None, tokens: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """(B, T) positions of the new tokens, counted in real tokens of their row; None where no row has padding.
+
+        The original does not care which token has position 0, as rotary attention sees differences only. Features and
+        mixes see positions themselves.
+        """
+        layer = cache.layers[self.layers[0]] if cache is not None and len(cache.layers) > self.layers[0] else None
+        memory = layer.memory if isinstance(layer, NearFarLayer) else None
+        before: int | torch.Tensor = 0
+        if memory is not None:
+            before = memory.lengths[:, None] if memory.uniform is None else memory.uniform
+        if mask is None and not isinstance(before, torch.Tensor):
+            return None
+        if mask is None:
+            counted = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        else:
+            counted = mask.long().cumsum(-1)
+        return (before + counted - 1).clamp_min(0)
 
 
 def _apart(masks: dict[str, Any]) -> tuple[Any, Any]:
@@ -353,19 +372,6 @@ def _new_tokens_mask(mask: Any, new: int, cache: Any) -> torch.Tensor | None:
         begin = min(past, mask.shape[1] - new)
         recent = mask[:, begin : begin + new].bool()
     return None if not torch.compiler.is_compiling() and bool(recent.all()) else recent
-
-
-def _positions(mask: torch.Tensor, new: int, cache: Any) -> torch.Tensor | None:
-    """(B, T) positions of the T new tokens, counted in real tokens of their row; None where the mask is not of all
-    tokens.
-
-    The original does not care which token has position 0, as rotary attention sees differences only. Features and
-    mixes see positions themselves.
-    """
-    past = 0 if cache is None else cache.get_seq_length()
-    if isinstance(past, torch.Tensor) or mask.shape[1] < past + new:
-        return None
-    return (mask[:, : past + new].long().cumsum(-1) - 1).clamp_min(0)[:, past:]
 
 
 def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: str, caching: bool) -> Documents | None:

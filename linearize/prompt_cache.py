@@ -119,7 +119,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> DynamicCache:
 
 def _describe(layer: Any, index: int, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(what the header says of a layer in a cache of some kind, its tensors by name)."""
-    if isinstance(layer, NearFarLayer) and layer.limit is None:
+    if isinstance(layer, NearFarLayer) and layer.static_length is None:
         return _describe_converted(layer)
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise LinearizeError(
@@ -128,8 +128,12 @@ def _describe(layer: Any, index: int, kind: str) -> tuple[dict[str, Any], dict[s
     if not layer.is_initialized:
         return {"kind": "softmax", "sizes": None, "numbers": {}}, {}
     sizes = {"kv_heads": layer.keys.shape[1], "head_dim": layer.keys.shape[3]}
-    numbers = {_LENGTH: layer.cumulative_length} if isinstance(layer, DynamicSlidingWindowLayer) else {}
-    return {"kind": "softmax", "sizes": sizes, "numbers": numbers}, {"keys": layer.keys, "values": layer.values}
+    keys, values, numbers = layer.keys, layer.values, {}
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        numbers = {_LENGTH: layer.cumulative_length}
+        held = layer.sliding_window - 1  # more only while it records the past
+        keys, values = (x[:, :, -held:].contiguous() if held else x[:, :, :0] for x in (keys, values))
+    return {"kind": "softmax", "sizes": sizes, "numbers": numbers}, {"keys": keys, "values": values}
 
 
 def _describe_converted(layer: NearFarLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:

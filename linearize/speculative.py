@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -26,10 +27,12 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from linearize.cache import NearFarLayer, new_cache
 from linearize.convert import base_model, converted_layers, is_converted, original_attention, switch_of
 from linearize.errors import LinearizeError
+from linearize.families import own_window
 
 __all__ = ["Speculation", "speculative_generate"]
 
@@ -125,6 +128,7 @@ def speculative_generate(
         LinearizeError: a model that is not converted, more than one row, an empty prompt, or a setting out of range.
     """
     window = _check_model(model, original)
+    _check_sliding(base_model(model))
     _check_count("max_new_tokens", max_new_tokens)
     if draft_tokens != AUTO:
         _check_count("draft_tokens", draft_tokens, window)
@@ -166,8 +170,28 @@ def speculative_generate(
     )
 
 
+def _check_sliding(model: Any) -> None:
+    """Layers with a sliding window of their own are asked for several tokens in a row before anything is taken back;
+    transformers had that wrong before 5.23.
+
+    Raises:
+        LinearizeError: a model with such layers under a transformers that hands them more keys than their masks know.
+    """
+    if all(own_window(model.config, layer) is None for layer in range(model.config.num_hidden_layers)):
+        return
+    layer, token = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 1, 1)
+    layer.activate_past_recording()
+    for _ in range(3):
+        keys, _ = layer.update(token, token)
+    if keys.shape[2] != 2:
+        raise LinearizeError(
+            f"speculative_generate: {type(model).__name__} has layers with a sliding window, whose cache transformers "
+            f"{transformers.__version__} cannot read token by token before it is taken back; update transformers"
+        )
+
+
 @dataclass
-class _Record:
+class _Written:
     """New tokens and how they came; the names are `Speculation`'s."""
 
     tokens: list[int]
@@ -187,12 +211,12 @@ def _write(
     most: int | None,
     ends: set[int],
     put: Callable[[list[int]], None],
-) -> _Record:
+) -> _Written:
     """Read the prompt, then draft and decide until the text ends.
 
     length: of the first draft; it adapts, up to `most`, or stays where that is None. put: gets each new token once.
     """
-    text, found = list(prompt), _Record([], [], [], [], {"prefill": 0.0, "draft": 0.0, "verify": 0.0})
+    text, found = list(prompt), _Written([], [], [], [], {"prefill": 0.0, "draft": 0.0, "verify": 0.0})
     with _timed(found.seconds, "prefill", verifier.device):
         student.read(text)
         decided, margins = rule.judge([], [], verifier.read(text))

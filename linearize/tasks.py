@@ -233,10 +233,20 @@ def write_answer(
             settings = base_model(model).generation_config
             options["top_k"] = DEFAULT_TOP_K if settings.top_k is None else settings.top_k or None
             options["top_p"] = settings.top_p
+        _say_what_is_not_applied(base_model(model).generation_config)
         speculative_generate(model, inputs["input_ids"], inputs["attention_mask"], original=original, **options)
         return
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.generate(**inputs, **options, pad_token_id=pad)
+
+
+def _say_what_is_not_applied(settings: Any) -> None:
+    """`generate` would heed these, which `speculative_generate` does not know."""
+    known = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None, "typical_p": 1.0}
+    asked = {name: getattr(settings, name, None) for name in known}
+    ignored = [f"{name} {value}" for name, value in asked.items() if value not in (None, known[name])]
+    if ignored:
+        note(f"speculative: {', '.join(ignored)} of the model's generation config is not applied")
 
 
 def _student_and_original(name: str, base: str | None, dtype: torch.dtype, device: str | None) -> tuple[Any, Any, Any]:

@@ -302,6 +302,6 @@ class TestSpeed:
         bench["dropped"] = [{"what": "prefill", "context": 9999, "batch": 1, "reason": "too long"}]
         found = read(provenance_section(None, bench, None))
         assert "moved during 1 of 10 blocks; 1 were measured twice" in found.text
-        assert "student, compile: it cannot" in found.text
+        assert "student, static+compile: it cannot" in found.text
         assert "prefill of 9999, batch 1: too long" in found.text
         assert found.files["blocks.csv"][1][-1] == "moved"

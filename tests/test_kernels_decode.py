@@ -673,7 +673,8 @@ class TestTraffic:
 
     def test_without_a_state(self):
         moved = decode_bytes(DecodeShape(1, 32, 8, 128, 128, 0, 64, 4))
-        assert moved.state == moved.fold == moved.projected == moved.weights == 0
+        assert moved.state == moved.projected == moved.weights == 0
+        assert moved.fold == 8 * 2 * 2 * 128 * 2  # once in W a chunk is put aside
         assert moved.least == moved.window + moved.sinks
 
     def test_halves(self):

@@ -137,3 +137,30 @@ class TestErrors:
         _, cache = read(student, make_tokens(2, 19), cache=StaticCache(config=student.config, max_cache_len=32))
         with pytest.raises(LinearizeError, match="static caches and recurrent mixers do not"):
             cache.crop(-1)
+
+
+@pytest.mark.parametrize("kept", ["none", [1]], ids=str)
+def test_padding_is_taken_off_however_much_there_is(kept):
+    """As of a prompt that was filled up to a size: no real token goes, so it may be more than W columns."""
+    student, tokens = make_student("llama", "normalizer", softmax_layers=kept), make_tokens(2, 30)
+    rows, mask = torch.cat([tokens[:, :20], torch.zeros(2, 10, dtype=torch.long)], 1), torch.ones(2, 30).long()
+    mask[:, 20:] = 0
+    for steps in ([10], [2] * 5):
+        _, cache = read(student, rows, mask)
+        for step in steps:
+            cache.crop(-step)
+        assert cache.get_seq_length() == 20
+        logits, _ = read(student, tokens[:, 20:], cache=cache)
+        with torch.no_grad():
+            expected = student(tokens, use_cache=False).logits[:, 20:]
+        torch.testing.assert_close(logits, expected, **LOGITS)
+
+
+def test_what_inference_mode_has_read_goes_back_too():
+    student, tokens = make_student("llama", "normalizer"), make_tokens(2, 40)
+    with torch.inference_mode():
+        cache = student(tokens[:, :23], use_cache=True).past_key_values
+    cache.crop(-4)
+    logits, _ = read(student, tokens[:, 19:], cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, student(tokens, use_cache=False).logits[:, 19:], **LOGITS)

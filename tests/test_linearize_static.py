@@ -1,5 +1,6 @@
 """Preallocated caches: what a growing one gives, tensors that stay where they are, and one graph for all tokens."""
 
+import copy
 import logging
 
 import pytest
@@ -123,3 +124,47 @@ def test_generate_compiles_its_step(kept):
     got = student.generate(rows, cache_implementation="static", compile_config=how, **options)
     assert torch.equal(got, expected)
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_padding_without_positions(static, kept):
+    """Real tokens are counted where a mask says which they are, and from then on in every later call."""
+    student, tokens = make_student("llama", "normalizer", softmax_layers=kept), make_tokens(2, 30)
+    rows, mask = pad(tokens, [0, 7], "left")
+    alone = [student(tokens[:1], use_cache=False).logits, student(tokens[1:, :23], use_cache=False).logits]
+    for later in ("whole", "new", "none"):
+        cache = StaticCache(config=student.config, max_cache_len=48) if static else None
+        out = student(rows[:, :20], attention_mask=mask[:, :20], past_key_values=cache, use_cache=True)
+        got, cache = [out.logits], out.past_key_values
+        for part in (slice(20, 21), slice(21, 26), slice(26, 27), slice(27, 30)):
+            masks = {"whole": mask[:, : part.stop], "new": mask[:, part], "none": None}
+            if kept != "none" and later != "whole":
+                continue  # a softmax layer needs to know what it must not see
+            out = student(rows[:, part], attention_mask=masks[later], past_key_values=cache, use_cache=True)
+            got.append(out.logits)
+        whole = torch.cat(got, 1)
+        for row, (first, expected) in enumerate(zip((0, 7), alone, strict=True)):
+            seen = whole[row, first:]
+            torch.testing.assert_close(seen, expected[0, : len(seen)], **LOGITS)
+
+
+def test_modes_of_gradients():
+    """Read in inference mode or with gradients, the cache goes on without, and can be copied."""
+    student, tokens = make_student("llama", "normalizer"), make_tokens(2, 30)
+    with torch.no_grad():
+        expected = student(tokens, use_cache=False).logits
+    for mode in (torch.inference_mode(), torch.enable_grad()):
+        cache = StaticCache(config=student.config, max_cache_len=48)
+        with mode:
+            student(tokens[:, :17], past_key_values=cache, use_cache=True)
+        with torch.no_grad():
+            if not cache.layers[0].memory.keys.is_inference():
+                cache = copy.deepcopy(cache)
+            for t in range(17, 30):
+                out = student(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+                torch.testing.assert_close(out.logits, expected[:, t : t + 1], **LOGITS)
+            cache.reset()
+            out = student(tokens[:, :9], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(out.logits, expected[:, :9], **LOGITS)

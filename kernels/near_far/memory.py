@@ -349,6 +349,7 @@ def _undo(before: Undo, k: Tensor, v: Tensor, older: State | None, skipped: int 
     return Undo(keys, values, state, before.spent)
 
 
+@torch.no_grad()
 def _settle(memory: Memory, after: Memory, mixer: Mixer | None, window: int) -> Memory:
     """`memory`, made for graphs, with what `after` holds."""
     for old, new in ((memory.keys, after.keys), (memory.values, after.values), (memory.lengths, after.lengths)):

@@ -94,7 +94,8 @@ def decode_bytes(shape: DecodeShape) -> DecodeBytes:
         window=owners * s.near * token,
         sinks=owners * s.sinks * token,
         tokens=lanes * (token + (FLOAT32 if s.half else 0)) + 2 * owners * token + 2 * s.batch * LENGTH,
-        fold=owners * (token + 2 * state / s.window) if s.half else 0.0,
+        # A chunk is read and put aside; the state is read, put aside and written.
+        fold=owners * (2 * token + 3 * state / s.window),
         projected=2 * lanes * s.half * FLOAT32,
         parts=2 * lanes * s.splits * part,
         weights=s.head_dim * s.half * FLOAT32 * (reads * s.heads + s.kv_heads / s.window),
