@@ -659,10 +659,10 @@ class TestTraffic:
         """Within a tenth of states + window + sinks: at any batch what crosses the memory bus, with one split all."""
         moved = decode_bytes(self.LLAMA)
         assert moved.parts == 0
-        assert 1.0 < moved.of_rows / moved.least < 1.07
+        assert 1.0 < moved.of_rows / moved.least < 1.08
         for batch, splits in ((1, 8), (4, 4), (64, 1)):
             moved = decode_bytes(DecodeShape(batch, 32, 8, 128, 128, 128, 64, 4, splits=splits))
-            assert 1.0 < moved.from_memory / moved.least < 1.05
+            assert 1.0 < moved.from_memory / moved.least < 1.06
             assert moved.from_memory < moved.of_rows < moved.total
         # By hand, batch 1: (64 + 31.5) keys and values of 8 heads, and 256 features by 128 values and a normaliser.
         moved = decode_bytes(DecodeShape(1, 32, 8, 128, 128, 128, 64, 4, splits=8))
