@@ -307,7 +307,9 @@ def _with_lora(model: Any, options: DistillOptions, name: str) -> Any:
     names = [module_name for module_name, _ in base_model(model).named_modules()]
     unknown = [x for x in targets if not any(f".{known}".endswith(f".{x}") for known in names)]
     if unknown:
-        known = sorted({x.rpartition(".")[2] for x, y in base_model(model).named_modules() if isinstance(y, nn.Linear)})
+        base, head = base_model(model), base_model(model).get_output_embeddings()
+        linears = [x for x, y in base.named_modules() if isinstance(y, nn.Linear) and y is not head]
+        known = sorted({x.rpartition(".")[2] for x in linears})
         raise LinearizeError(
             f"lora_targets: no module is called {', '.join(unknown)}; the model has {', '.join(known)}"
         )

@@ -294,8 +294,8 @@ class TestStep:
                 x = (q[:, :, :piece], k[:, :, :piece], v[:, :, :piece])
                 _, memory = near_far_step(*x, memory, mixer, mix_logit[:, :, :piece], window=4, sinks=3)
                 sizes.add(memory.nbytes())
-        # (2 W + S) keys of D and values of V, and F (V + 1) of state: a batch row and a key head each, 4 bytes.
-        assert sizes == {(2 * 2 * (8 + 3) * (4 + 6) * 4, 2 * 2 * 10 * (6 + 1) * 4)}
+        # (3 W + S) keys of D and values of V, and twice F (V + 1) of state: a batch row and a key head each, 4 bytes.
+        assert sizes == {(2 * 2 * (12 + 3) * (4 + 6) * 4, 2 * 2 * 2 * 10 * (6 + 1) * 4)}
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("pieces", ["tokens", "uneven"])

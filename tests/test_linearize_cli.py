@@ -151,9 +151,9 @@ class TestInspect:
         lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
         # A token: 2 x 2 key-value heads x head_dim 16 x 4 bytes. Converted: 132 tokens and 2 x 32 x 17 x 4 bytes.
         assert "0 softmax as it is 2 16 256 KiB 2.0 MiB as before -" in lines
-        assert "1 softmax window 64 + sinks 4 + hedgehog (normalizer) 2 16 256 KiB 2.0 MiB 37.2 KiB 150" in lines
+        assert "1 softmax window 64 + sinks 4 + hedgehog (normalizer) 2 16 256 KiB 2.0 MiB 57.5 KiB 231" in lines
         assert "1 of 2 layers would be converted" in result.stdout
-        assert "  at 8k tokens  4.0 MiB -> 2.0 MiB, 1.96 times smaller" in result.stdout
+        assert "  at 8k tokens  4.0 MiB -> 2.1 MiB, 1.95 times smaller" in result.stdout
 
     def test_contexts_beyond_the_model_are_marked(self, model: Path):
         assert "The model was made for 16384 tokens" in call("inspect", model, "--contexts", "32k").stdout
@@ -163,7 +163,7 @@ class TestInspect:
         result = call("inspect", model, "--json", "--mixer", "none", "--contexts", "1m")
         plan = json.loads(result.stdout)
         assert plan["contexts"] == [1024**2]
-        assert plan["new_bytes"] == [2 * (2 * 64 + 4) * 2 * 2 * 16 * 2]
+        assert plan["new_bytes"] == [2 * (3 * 64 + 4) * 2 * 2 * 16 * 2]
 
     def test_reads_no_weights(self, model: Path, tmp_path: Path):
         (tmp_path / "config.json").write_text((model / "config.json").read_text())
