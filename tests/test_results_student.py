@@ -10,7 +10,11 @@ import torch
 import yaml
 
 from linearize import original_attention
+from linearize.benchmarks.decode import read_bench
 from linearize.benchmarks.distillation_table import table as distillation_table
+from linearize.benchmarks.evaluate import KIND
+from linearize.benchmarks.files import read_json
+from linearize.benchmarks.readme_table import put, readme_table
 from linearize.benchmarks.sweep import table
 from linearize.convert import base_model, state_off
 from linearize.distill.data import build_stream
@@ -81,6 +85,22 @@ def test_a_sweeps_page_is_what_its_measurements_say(file) -> None:
     assert file.with_suffix(".md").read_text(encoding="utf-8") == table(result)
     asked = yaml.safe_load(file.with_suffix(".yaml").read_text(encoding="utf-8"))["variants"]
     assert [variant["name"] for variant in result["variants"]] == list(asked)
+
+
+def test_the_projects_readme_has_the_reports_table() -> None:
+    report, readme = RESULTS / "report", RESULTS.parents[2] / "README.md"
+    table = readme_table(read_json(report / "evaluate.json", KIND), read_bench(report / "bench.json"))
+    text = readme.read_text(encoding="utf-8")
+    assert put(text, table, "README.md") == text
+
+
+def test_the_report_is_of_the_student_that_is_here_and_knows_no_folder_of_its_maker() -> None:
+    files = {name: (RESULTS / "report" / name).read_text("utf-8") for name in ("evaluate.json", "bench.json")}
+    files["report.html"] = (RESULTS / "report" / "report.html").read_text(encoding="utf-8")
+    for name, text in files.items():
+        command = json.loads(text)["machine"]["command"] if name.endswith(".json") else text
+        assert "linearize run report.yaml" in command, name
+        assert not re.search(r"(?<![\w.~/:<-])/(work|tmp|home|root|mnt|Users|opt|var)/", text), name
 
 
 LABELS = {"student-25": "8 softmax layers", "student-0": "no softmax layer"}
