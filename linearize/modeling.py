@@ -64,15 +64,12 @@ class LinearizedModelMixin(_ModelBase):
     def create_masks_for_generate(self, *, attention_mask: Any = None, **given: Any) -> Any:
         """The masks that `generate` makes before the graph of a step: transformers' for softmax layers, and which of
         the new tokens are real for converted ones, which the hook before the decoder takes apart."""
-        from linearize.convert import converted_layers, switch_of
-
         made: Any = {}
-        converted = converted_layers(self)
-        on = bool(converted) and switch_of(self).converted
-        if not on or len(converted) < self.config.num_hidden_layers:
+        switch, indices, _ = self._linearize  # asked at every token
+        if not switch.converted or len(indices) < self.config.num_hidden_layers:
             parent = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
             made = parent(attention_mask=attention_mask, **given)
-        if not on:
+        if not switch.converted:
             return made
         new = None if attention_mask is None else attention_mask[:, -given["inputs_embeds"].shape[1] :]
         return {**(made if isinstance(made, dict) else {ORIGINAL_MASK: made}), NEW_TOKENS_MASK: new}
@@ -80,12 +77,12 @@ class LinearizedModelMixin(_ModelBase):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
         """The cache gets its layers at once, so that assisted decoding finds who is to record the past."""
         from linearize.cache import install_layers
-        from linearize.convert import converted_layers, switch_of
 
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache, converted = model_kwargs.get("past_key_values"), converted_layers(self)
-        if cache is not None and converted and switch_of(self).converted:
-            install_layers(cache, list(converted))
+        cache = model_kwargs.get("past_key_values")
+        switch, indices, _ = self._linearize
+        if cache is not None and switch.converted:
+            install_layers(cache, indices)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return prepared

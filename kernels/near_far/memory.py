@@ -176,6 +176,7 @@ def near_far_step(
         _complain(memory)
     check_softmax(q, soft_cap, sink_logit, "near_far_step")
     options: dict[str, Any] = {"window": window, "sinks": sinks, "mix": mix, "scale": scale}
+    softmax: dict[str, Any] = {"soft_cap": soft_cap, "sink_logit": sink_logit}
     obstacle = state_obstacle(mixer, mix) or softmax_obstacle(soft_cap, sink_logit)
     chosen = choose_backend(backend, q, v, 0 if mixer is None else mixer.num_features, obstacle)
     with full_precision(q):
@@ -184,10 +185,9 @@ def near_far_step(
                 from .triton_decode import triton_step
 
                 return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
-            options |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
-            return one_token(q, k, v, memory, mixer, mix_logit, **options, mask=mask), memory
-        options |= {"soft_cap": soft_cap, "sink_logit": sink_logit}
-        return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, mask=mask, triton=chosen == "triton")
+            return one_token(q, k, v, memory, mixer, mix_logit, **options, **softmax, mask=mask), memory
+        options |= softmax | {"mask": mask}
+        return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, triton=chosen == "triton")
 
 
 def _fits(memory: Memory, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer | None, window: int, sinks: int) -> bool:
