@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .convert import state_off as state_off
     from .convert import window_off as window_off
     from .errors import LinearizeError as LinearizeError
+    from .export import export as export
     from .kernels.near_far import near_far_attention as near_far_attention
     from .models import load_model as load_model
     from .prompt_cache import load_cache as load_cache
@@ -38,6 +39,7 @@ _EXPORTS = {
     "LinearizeError": "linearize.errors",
     "cache_bytes": "linearize.cache",
     "convert": "linearize.convert",
+    "export": "linearize.export",
     "load": "linearize.checkpoint",
     "load_cache": "linearize.prompt_cache",
     "load_model": "linearize.models",

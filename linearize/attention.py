@@ -157,6 +157,17 @@ class ConvertedAttention(nn.Module):
         sink = None if self.family.sink is None else getattr(self, self.family.sink)
         return {"scale": self.scaling, "soft_cap": self.soft_cap, "sink_logit": sink}
 
+    @property
+    def mixer_in_use(self) -> Mixer | None:
+        """The mixer, or the copy of it that PEFT's active adapter has (`modules_to_save=["mixer", "mix"]`)."""
+        held: Any = self.mixer
+        if held is None or isinstance(held, Mixer):
+            return held
+        # PEFT puts a wrapper in its place, which passes calls on; a mixer is not called.
+        if held.disable_adapters or not held.active_adapters:
+            return held.original_module
+        return held.modules_to_save[held.active_adapters[0]]
+
     def train(self, mode: bool = True) -> "ConvertedAttention":
         """As for any module; the original, which is no submodule, follows: its attention may have dropout."""
         self.original.training = mode
@@ -210,13 +221,14 @@ class ConvertedAttention(nn.Module):
         q, k = self._rotate(position_embeddings, q, k)
         # Under autocast the rotary embedding widens what the projections narrowed.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        with full_precision(q), loaded(self.mixer):
+        mixer = self.mixer_in_use
+        with full_precision(q), loaded(mixer):
             if self.switch.observer is not None:
                 self.switch.observer(Observation(self, q, k, v, near_far_mask, near_far_documents))
             logit = self.mix_logit(q)
-            if self.mixer is not None and not self.mixer.rotary:
+            if mixer is not None and not mixer.rotary:
                 q, k = (torch.cat([x, y.to(x.dtype)], dim=-1) for x, y in zip((q, k), plain, strict=True))
-            out = self._attend(q, k, v, logit, past_key_values, near_far_mask, near_far_documents)
+            out = self._attend(q, k, v, mixer, logit, past_key_values, near_far_mask, near_far_documents)
         out = out.transpose(1, 2).flatten(2)
         return self.output(out), None
 
@@ -225,6 +237,7 @@ class ConvertedAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        mixer: Mixer | None,
         mix_logit: Tensor | None,
         past_key_values: Any,
         near_far_mask: Tensor | None,
@@ -240,14 +253,14 @@ class ConvertedAttention(nn.Module):
             **self.softmax,
         }
         if past_key_values is None:
-            return near_far_attention(q, k, v, self.mixer, mix_logit, **options, cu_seqlens=documents)
+            return near_far_attention(q, k, v, mixer, mix_logit, **options, cu_seqlens=documents)
         layer = past_key_values.layers[self.layer_idx]
         if not isinstance(layer, NearFarLayer):
             raise LinearizeError(
                 f"cache: layer {self.layer_idx} is a {type(layer).__name__}, which a converted layer cannot use; "
                 "call the model as a whole, which gives a cache its layers"
             )
-        return layer.step(q, k, v, self.mixer, mix_logit, **options)
+        return layer.step(q, k, v, mixer, mix_logit, **options)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """q (B, H, T, D), k and v (B, K, T, D), as the original attention has them before the rotary embedding."""

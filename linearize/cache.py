@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 
 from linearize.errors import LinearizeError
+from linearize.growing import install_growing
 from linearize.kernels.near_far import Memory, Mixer, near_far_step
 from linearize.kernels.near_far.rollback import remove_tokens
 from linearize.offload import loaded
@@ -336,7 +337,9 @@ def install_layers(cache: Cache, layers: list[int], rows: int | None = None) -> 
         made = True
     if not made:
         _check_tokens(cache, layers[0], rows)
-    elif getattr(cache, "offloading", False):
+        return
+    install_growing(cache)
+    if getattr(cache, "offloading", False):
         behind = next((x for x in cache.layers if not isinstance(x, NearFarLayer)), None)  # it goes round
         for layer in reversed(cache.layers):
             if isinstance(layer, NearFarLayer):

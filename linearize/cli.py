@@ -16,6 +16,7 @@ import typer
 from linearize._version import __version__
 from linearize.cli_calibrate import calibrate
 from linearize.cli_capacity import capacity
+from linearize.cli_export import export
 from linearize.cli_options import (
     DEFAULT,
     Device,
@@ -193,6 +194,7 @@ def convert(
         note(f"  linearize distill default {shlex.join(words)}")
 
 
+app.command(cls=PlainCommand)(export)
 app.command(cls=PlainCommand)(calibrate)
 app.command(cls=PlainCommand)(select)
 app.command(cls=PlainCommand)(plan)

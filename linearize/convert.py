@@ -298,6 +298,8 @@ class _BeforeDecoder:
         if not self.switch.converted:
             return (), kwargs
 
+        if kwargs["near_far_documents"] is None and not torch.compiler.is_compiling():
+            _check_positions(kwargs["position_ids"], kwargs["near_far_mask"], self._read(cache))
         if kwargs.get("output_attentions"):
             raise LinearizeError(
                 "output_attentions: a converted layer has no attention map; leave it out, or look at the original "
@@ -319,11 +321,7 @@ class _BeforeDecoder:
         The original does not care which token has position 0, as rotary attention sees differences only. Features and
         mixes see positions themselves.
         """
-        layer = cache.layers[self.layers[0]] if cache is not None and len(cache.layers) > self.layers[0] else None
-        memory = layer.memory if isinstance(layer, NearFarLayer) else None
-        before: int | torch.Tensor = 0
-        if memory is not None:
-            before = memory.lengths[:, None] if memory.uniform is None else memory.uniform
+        before = self._read(cache)
         if mask is None and not isinstance(before, torch.Tensor):
             return None
         if mask is None:
@@ -331,6 +329,13 @@ class _BeforeDecoder:
         else:
             counted = mask.long().cumsum(-1)
         return (before + counted - 1).clamp_min(0)
+
+    def _read(self, cache: Any) -> int | torch.Tensor:
+        """Real tokens of each row that the cache holds, (B, 1), or their number where all rows hold as many."""
+        layer = cache.layers[self.layers[0]] if cache is not None and len(cache.layers) > self.layers[0] else None
+        if not isinstance(layer, NearFarLayer) or layer.memory is None:
+            return 0
+        return layer.memory.lengths[:, None] if layer.memory.uniform is None else layer.memory.uniform
 
 
 def _apart(masks: dict[str, Any]) -> tuple[Any, Any]:
@@ -403,6 +408,31 @@ def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: s
     begins[:, 1:] = position_ids.diff(dim=-1) != 1
     starts = begins.flatten().nonzero().squeeze(1).tolist()
     return lay_out_documents([*starts, batch * length], batch, length, tokens.device)
+
+
+def _check_positions(positions: Any, mask: torch.Tensor | None, before: int | torch.Tensor) -> None:
+    """Real tokens of a row may skip positions but not go back: what came first is in the state, of which nobody can say
+    any more which tokens lie behind a position.
+
+    positions (B or 1, T) of the new tokens; mask as of `_new_tokens_mask`; before: real tokens read, as of `_read`.
+    """
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+        return
+    # As many positions lie behind a token as there were real tokens, at least.
+    floor = torch.as_tensor(before, device=positions.device)
+    known = positions if mask is None else torch.where(mask, positions, -1)
+    highest = torch.cat([torch.full_like(known[:, :1], -1), known[:, :-1].cummax(-1).values], dim=1)
+    least = highest.maximum(floor)
+    back = positions < least if mask is None else (positions < least) & mask
+    if not bool(back.any()):
+        return
+    row, token = (int(i) for i in back.nonzero()[0])
+    position = int(positions.expand_as(back)[row, token])
+    raise LinearizeError(
+        f"position_ids: token {token} of row {row} goes back to position {position}, below {int(least[row, token])}, "
+        "where the tokens before it end; count on, crop the cache first, or give texts that share a row without "
+        "attention_mask and with use_cache=False"
+    )
 
 
 def _check_class(model: Any) -> None:

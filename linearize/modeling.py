@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from linearize._version import __version__
 from linearize.config import LinearizeConfig
 from linearize.errors import LinearizeError
 from linearize.families import family_of
@@ -44,7 +45,8 @@ class LinearizedConfigMixin(_ConfigBase):
 
     def to_json_string(self, use_diff: bool = True) -> str:
         values = json.loads(super().to_json_string(use_diff))
-        values[CONFIG_KEY] = {"format": FORMAT_VERSION, "base_model_type": self.model_type} | getattr(self, CONFIG_KEY)
+        header = {"format": FORMAT_VERSION, "version": __version__, "base_model_type": self.model_type}
+        values[CONFIG_KEY] = header | getattr(self, CONFIG_KEY)
         values["model_type"] = MODEL_TYPE
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
@@ -73,6 +75,15 @@ class LinearizedModelMixin(_ModelBase):
             return made
         new = None if attention_mask is None else attention_mask[:, -given["inputs_embeds"].shape[1] :]
         return {**(made if isinstance(made, dict) else {ORIGINAL_MASK: made}), NEW_TOKENS_MASK: new}
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the original only: behind `generate_batch` and `transformers serve --continuous-batching`."""
+        if self._linearize[0].converted:
+            raise LinearizeError(
+                "generate_batch: continuous batching keeps keys and values in pages, and a converted layer keeps a "
+                "memory instead; use generate with a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
         """The cache gets its layers at once, so that assisted decoding finds who is to record the past."""
@@ -146,6 +157,7 @@ class SavedStudentConfig(PreTrainedConfig):
         values = dict(config_dict)
         conversion = dict(values.get(CONFIG_KEY) or {})
         written, base_type = conversion.pop("format", None), conversion.pop("base_model_type", None)
+        version = conversion.pop("version", "another version")
         if base_type is None:
             raise LinearizeError(
                 f"config.json: it says model_type {MODEL_TYPE!r} but its entry {CONFIG_KEY!r} names no "
@@ -153,12 +165,13 @@ class SavedStudentConfig(PreTrainedConfig):
             )
         if written != FORMAT_VERSION:
             raise LinearizeError(
-                f"config.json: format {written!r} of the conversion is not the {FORMAT_VERSION} that this version of "
-                "linearize reads; install the version that wrote it"
+                f"config.json: format {written!r} of the conversion is not the {FORMAT_VERSION} that linearize "
+                f"{__version__} reads; it was written by linearize {version}, install that one"
             )
         base = AutoConfig.for_model(base_type).__class__
         family_of(AutoConfig.for_model(base_type))
         model_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[base])
+        values.pop("auto_map", None)  # of an exported folder; what is saved from here on has no such file
         return config_class(base).from_dict(values | {"model_type": base_type, CONFIG_KEY: conversion}, **kwargs)
 
 

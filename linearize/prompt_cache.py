@@ -32,6 +32,7 @@ from linearize.convert import base_model, converted_layers
 from linearize.errors import LinearizeError
 from linearize.families import family_of, geometry_of
 from linearize.fingerprint import spread
+from linearize.growing import GrowingLayer
 from linearize.kernels.near_far import Memory
 from linearize.kernels.near_far.mixers import State
 from linearize.kernels.near_far.rollback import Undo
@@ -121,7 +122,7 @@ def _describe(layer: Any, index: int, kind: str) -> tuple[dict[str, Any], dict[s
     """(what the header says of a layer in a cache of some kind, its tensors by name)."""
     if isinstance(layer, NearFarLayer) and layer.static_length is None:
         return _describe_converted(layer)
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer):
         raise LinearizeError(
             f"cache: layer {index}, a {type(layer).__name__} in a {kind}, cannot be saved; fill a DynamicCache"
         )

@@ -33,12 +33,15 @@ from linearize.cache import NearFarLayer, new_cache
 from linearize.convert import base_model, converted_layers, is_converted, original_attention, switch_of
 from linearize.errors import LinearizeError
 from linearize.families import own_window
+from linearize.growing import growing_cache
 
 __all__ = ["Speculation", "speculative_generate"]
 
 AUTO = "auto"
 # Where the length adapts: of the first block.
 FIRST_DRAFT = 4
+# Up to so many tokens in a pass, all of them get logits.
+FEW_LOGITS = 64
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,10 @@ def speculative_generate(
     student = _Reader(lambda: nullcontext(model), new_cache(base.config, list(converted_layers(base))), base.device)
     if original is None:
         adapters = _adapters(model)
-        verifier = _Reader(lambda: _as_original(model, adapters), DynamicCache(config=base.config), base.device)
+        verifier = _Reader(lambda: _as_original(model, adapters), growing_cache(base.config), base.device)
     else:
         config = base_model(original).config
-        verifier = _Reader(lambda: nullcontext(original), DynamicCache(config=config), base.device)
+        verifier = _Reader(lambda: nullcontext(original), growing_cache(config), base.device)
 
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -259,10 +262,13 @@ class _Reader:
     def read(self, tokens: Sequence[int], last: int = 1) -> Tensor:
         """Read the tokens that come next; the float32 logits after the `last` of them, (last, vocabulary)."""
         ids = torch.tensor([tokens], device=self.device)
+        # The last of a few hidden states are a slice, for which PyTorch's product with the language head copies the
+        # whole weight first; the rest of their logits costs less.
+        kept = len(tokens) if len(tokens) <= FEW_LOGITS else last
         with self.enter() as model:
-            out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=last)
+            out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=kept)
         self.seen += len(tokens)
-        return out.logits[0].float()
+        return out.logits[0, -last:].float()
 
     def expect_rollback(self) -> None:
         """Tell the layers that need to know it from now on: those with a sliding window of the model's own, and of

@@ -56,12 +56,27 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row("a mask that is shorter than the tokens", ("bad_input::TestMasks::test_too_short",), "refused"),
         Row(
-            "positions with gaps, that restart or go backwards",
+            "positions with gaps or repeated, those of padding",
             (
                 "bad_input::TestPositions::test_as_the_original_takes_them",
-                "bad_input::TestPositions::test_backwards_with_a_past",
+                "bad_input::TestPositions::test_padding_has_any_position",
             ),
             "works: as the original takes them",
+        ),
+        Row(
+            "positions that go backwards",
+            (
+                "bad_input::TestPositions::test_backwards",
+                "bad_input::TestPositions::test_backwards_with_a_past",
+                "bad_input::TestPositions::test_without_a_mask_they_tell_documents_apart",
+            ),
+            "refused: a state cannot be read from before its end; without a mask they tell documents apart, as in the "
+            "original",
+        ),
+        Row(
+            "a mask that hides a token after it was read",
+            ("bad_input::TestMasks::test_hidden_later",),
+            "not heeded: what is in the state stays there",
         ),
         Row(
             "packed documents with a cache",
@@ -145,7 +160,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
             ("generate::TestInputs::test_half_of_the_batch_goes_on",),
             hybrids="LFM2, Falcon-H1: `batch_select_indices` raises, or the next call does",
         ),
-        Row("a text-generation pipeline", ("model::test_pipeline",)),
     ),
     "Caches": (
         Row("a `DynamicCache` of the user", ("generate::TestCaches::test_a_cache_of_the_user",)),
@@ -229,6 +243,49 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(
             "random conversations of all this",
             ("fuzz::test_conversations", "fuzz::test_many_conversations"),
+        ),
+    ),
+    "Other libraries": (
+        Row("a text-generation pipeline", ("model::test_pipeline",)),
+        Row(
+            "PEFT: LoRA trained, saved, loaded, merged; by a PeftModel or the model's own methods",
+            (
+                "interoperation::TestPeft::test_train_save_load_merge",
+                "interoperation::TestPeft::test_by_the_model_itself",
+            ),
+        ),
+        Row(
+            'mixers trained beside it, `modules_to_save=["mixer", "mix"]`',
+            ("interoperation::TestPeft::test_mixers_learn_beside_it",),
+        ),
+        Row(
+            "accelerate: `device_map`, weights on disk, `prepare`",
+            ("interoperation::TestAccelerate::test_device_map", "interoperation::TestAccelerate::test_prepared"),
+        ),
+        Row(
+            "serving: requests in threads, streamed, going on from a chat's cache",
+            ("interoperation::TestLoops::test_a_serving_thread",),
+        ),
+        Row("a decoding loop of one's own", ("interoperation::TestLoops::test_a_loop_of_ones_own",)),
+        Row(
+            "continuous batching, `generate_batch`",
+            ("interoperation::TestLoops::test_continuous_batching",),
+            "refused: it pages keys and values, and a converted layer keeps a memory",
+        ),
+        Row(
+            "an exported folder: `linearize.export`, `linearize export`",
+            (
+                "export::test_another_process",
+                "export::test_what_is_written",
+                "export::test_the_card_names_no_folder",
+                "export::test_a_card_of_ones_own_stays",
+                "export::test_saved_again",
+                "export::test_refusals",
+                "export::TestCommand::test_an_adapter_with_lora",
+                "export::TestCommand::test_refusals",
+            ),
+            "loads after `import linearize` or with `trust_remote_code=True`; where linearize is missing or too old, "
+            "the error names the version",
         ),
     ),
     "Training and copies": (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from linearize import LinearizeConfig, LinearizeError, convert
+from linearize import LinearizeConfig, LinearizeError, convert, original_attention
 from tests.parity import LENGTH, LOGITS, ORIGINAL, Case, alone, in_pieces, left_padded, make, positions_of
 from tests.tiny_models import make_model, make_tokens
 
@@ -98,6 +98,21 @@ class TestMasks:
             f"attention_mask: it covers 50 tokens but {LENGTH} are given; make it cover all, past and new"
         )
 
+    @student
+    def test_hidden_later(self, case):
+        """A state cannot forget a token. The next tokens are as if the mask had gone on saying that it is there."""
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        expected = torch.stack(alone(model, list(tokens)))
+        _, cache = in_pieces(model, [READ], tokens[:, :READ])
+        mask = torch.ones_like(tokens)
+        mask[:, 9] = 0
+        options = {"attention_mask": mask, "position_ids": torch.arange(READ, LENGTH)[None]}
+        found = logits_of(model, tokens[:, READ:], past_key_values=cache, **options)
+        if case.kept:
+            assert (found - expected[:, READ:]).abs().max() > 1e-3  # of softmax layers, which do heed it
+        else:
+            torch.testing.assert_close(found, expected[:, READ:], **LOGITS)
+
 
 class TestPositions:
     """Under a window that covers the text a student is its original, so any positions give the original's logits."""
@@ -105,8 +120,8 @@ class TestPositions:
     @pytest.mark.parametrize("masked", [True, False])
     @pytest.mark.parametrize(
         "positions",
-        [torch.arange(LENGTH).flip(0)[None], RESTART, torch.arange(LENGTH)[None] * 3, torch.arange(LENGTH)[None] + 7],
-        ids=["backwards", "restart", "every third", "later"],
+        [torch.arange(LENGTH)[None] * 3, torch.arange(LENGTH)[None] + 7, torch.arange(LENGTH)[None] // 2],
+        ids=["every third", "later", "every one twice"],
     )
     def test_as_the_original_takes_them(self, positions, masked):
         """Without a mask positions that do not go up by one tell documents apart, in both."""
@@ -119,15 +134,65 @@ class TestPositions:
         actual, expected = logits_of(converted, tokens, **options), logits_of(original, tokens, **options)
         torch.testing.assert_close(actual, expected, **LOGITS)
 
-    def test_backwards_with_a_past(self):
-        original, converted = (make_model("llama", num_hidden_layers=2) for _ in range(2))
-        convert(converted, LinearizeConfig(window=LENGTH))
-        tokens, logits = make_tokens(2, LENGTH), []
-        for model in (original, converted):
-            _, cache = in_pieces(model, [READ], tokens[:, :READ])
-            options = {"position_ids": torch.arange(LENGTH - READ).flip(0)[None], "past_key_values": cache}
-            logits.append(logits_of(model, tokens[:, READ:], **options))
-        torch.testing.assert_close(*logits, **LOGITS)
+    @pytest.mark.parametrize("positions", [torch.arange(LENGTH).flip(0)[None], RESTART], ids=["backwards", "restart"])
+    def test_without_a_mask_they_tell_documents_apart(self, positions):
+        config = LinearizeConfig(window=LENGTH, softmax_layers=(0,))
+        original, converted = (make_model("qwen3", num_hidden_layers=2) for _ in range(2))
+        convert(converted, config)
+        tokens, options = make_tokens(2, LENGTH), {"position_ids": positions, "use_cache": False}
+        actual, expected = logits_of(converted, tokens, **options), logits_of(original, tokens, **options)
+        torch.testing.assert_close(actual, expected, **LOGITS)
+
+    @student
+    def test_backwards(self, case):
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        mask, positions = torch.ones_like(tokens), torch.arange(LENGTH).repeat(2, 1)
+        positions[1, 9] = 4
+        for use_cache in (False, True):
+            options = {"attention_mask": mask, "use_cache": use_cache}
+            assert message(lambda o=options: model(tokens, position_ids=positions, **o)) == (
+                "position_ids: token 9 of row 1 goes back to position 4, below 8, where the tokens before it end; "
+                "count on, crop the cache first, or give texts that share a row without attention_mask and with "
+                "use_cache=False"
+            )
+        with original_attention(model):
+            model(tokens, position_ids=positions, attention_mask=mask)
+
+    @student
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_backwards_with_a_past(self, case, masked):
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        _, cache = in_pieces(model, [READ], tokens[:, :READ])
+        for new in (1, 3):
+            options = {"attention_mask": torch.ones(2, READ + new, dtype=torch.long)} if masked else {}
+            positions = torch.arange(READ - 1, READ - 1 + new)[None]
+            said = message(lambda o=options, p=positions, n=new: model(
+                tokens[:, READ : READ + n], position_ids=p, past_key_values=cache, **o
+            ))  # fmt: skip
+            assert said.startswith(
+                f"position_ids: token 0 of row 0 goes back to position {READ - 1}, below {READ}, where the tokens "
+                "before it end; count on, crop the cache first"
+            )
+        assert cache.get_seq_length() == READ
+        expected = alone(model, list(tokens))
+        positions = torch.arange(READ, LENGTH)[None]
+        found = logits_of(model, tokens[:, READ:], position_ids=positions, past_key_values=cache)
+        torch.testing.assert_close(found, torch.stack(expected)[:, READ:], **LOGITS)
+
+    @student
+    def test_padding_has_any_position(self, case):
+        """Tokens that nobody reads may say what they like, and a row's own count is what its tokens are held to."""
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        mask = torch.ones_like(tokens)
+        mask[1, :11] = 0
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 40)
+        expected = alone(model, [tokens[0], tokens[1, 11:]])
+        _, cache = in_pieces(model, [READ], tokens[:, :READ], mask=mask[:, :READ])
+        options = {"attention_mask": mask, "position_ids": positions[:, READ:], "past_key_values": cache}
+        rest = logits_of(model, tokens[:, READ:], **options)
+        torch.testing.assert_close(rest[1], expected[1][READ - 11 :], **LOGITS)
+        whole = logits_of(model, tokens, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(whole[1, 11:], expected[1], **LOGITS)
 
     @student
     def test_documents_with_a_cache(self, case):

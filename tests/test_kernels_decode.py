@@ -14,8 +14,9 @@ from torch import Tensor
 from linearize.errors import LinearizeError
 from linearize.kernels.devices import TARGETS
 from linearize.kernels.launch import recording
-from linearize.kernels.near_far import Hedgehog, Memory, Mixer, near_far_reference, near_far_step, one_token
-from linearize.kernels.near_far.one_token import fold, wide
+from linearize.kernels.near_far import Hedgehog, Memory, Mixer, few_tokens, near_far_reference, near_far_step
+from linearize.kernels.near_far import memory as memory_module
+from linearize.kernels.near_far.few_tokens import fold, wide
 from linearize.kernels.near_far.traffic import DecodeShape, decode_bytes, decode_flops, decode_work
 from tests.mutations import mutated, replace_kernels
 from tests.near_far_cases import FAR, Functional, far_options, hedgehog, make_inputs
@@ -145,6 +146,76 @@ class TestRing:
         assert errors[65536] > 0.1
 
 
+class TestFewTokens:
+    """Up to W tokens at once are steps in place; the whole of it is what single tokens give."""
+
+    @staticmethod
+    def inputs(mixer):
+        """(q, k, v, mixer, mix_logit): two rows of 70 tokens, six heads over two."""
+        q, k, v, made, mix_logit = make_inputs((2, 6, 2, 70, 8, 6, 5, 3, 8))
+        return (q, k, v, made, mix_logit) if mixer else (q, k, v, None, None)
+
+    @staticmethod
+    def steps(inputs, pieces, **options):
+        """(outputs, memory) of tokens given in pieces of these lengths, over and over."""
+        q, k, v, mixer, mix_logit = inputs
+        memory, outs, at, turn = Memory.empty(k, v, mixer, window=5, sinks=3), [], 0, 0
+        with torch.no_grad():
+            while at < q.shape[2]:
+                part = slice(at, min(at + pieces[turn % len(pieces)], q.shape[2]))
+                logit = None if mix_logit is None else mix_logit[:, :, part] if mix_logit.ndim == 3 else mix_logit
+                out, memory = near_far_step(
+                    q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, logit, window=5, sinks=3, **options
+                )
+                outs.append(out)
+                at, turn = part.stop, turn + 1
+        return torch.cat(outs, dim=2), memory
+
+    @pytest.mark.parametrize("pieces", [[2], [5], [4, 1, 3], [1, 5, 2, 2]], ids=str)
+    @pytest.mark.parametrize("mix", ["normalizer", "peak", "gate", None])
+    def test_as_one_by_one(self, mix, pieces, monkeypatch):
+        inputs, options = self.inputs(mix is not None), {"mix": mix or "normalizer"}
+        many = []
+        monkeypatch.setattr(memory_module, "_many_tokens", lambda *args, **given: many.append(args))
+        out, memory = self.steps(inputs, pieces, **options)
+        assert not many
+        expected, single = self.steps(inputs, [1], **options)
+        assert_near(out, expected)
+        assert memory.uniform == single.uniform == 70
+        assert torch.equal(memory.lengths, single.lengths)
+        found, like = ((x.keys, x.values, x.undo.keys, *(x.state or ())) for x in (memory, single))
+        for x, y in zip(found, like, strict=True):
+            assert_near(x, y)
+        whole = near_far_reference(*inputs, window=5, sinks=3, **options)
+        assert_near(out, whole)
+
+    @pytest.mark.parametrize("pieces", [[2], [4, 1, 3]], ids=str)
+    @pytest.mark.parametrize("softmax", [{"soft_cap": 2.0}, {"sink_logit": True}], ids=["cap", "sink"])
+    def test_other_softmaxes(self, softmax, pieces):
+        if "sink_logit" in softmax:
+            softmax = {"sink_logit": torch.randn(6, dtype=torch.float64)}
+        inputs = self.inputs(True)
+        out, _ = self.steps(inputs, pieces, **softmax)
+        assert_near(out, near_far_reference(*inputs, window=5, sinks=3, **softmax))
+
+    def test_one_logit_a_head(self):
+        *inputs, _ = self.inputs(True)
+        inputs.append(torch.randn(6, dtype=torch.float64))
+        out, _ = self.steps(inputs, [3], mix="gate")
+        assert_near(out, near_far_reference(*inputs, window=5, sinks=3, mix="gate"))
+
+    def test_nothing_moves(self):
+        q, k, v, mixer, mix_logit = self.inputs(True)
+        memory = Memory.empty(k, v, mixer, window=5, sinks=3)
+        places = [x.data_ptr() for x in (memory.keys, memory.values, memory.lengths, *memory.state)]
+        with torch.no_grad():
+            for at in range(0, 70, 5):
+                part = slice(at, at + 5)
+                given = q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, mix_logit[:, :, part]
+                memory = near_far_step(*given, window=5, sinks=3)[1]
+        assert [x.data_ptr() for x in (memory.keys, memory.values, memory.lengths, *memory.state)] == places
+
+
 class TestOneToken:
     """Its parts; the whole is compared with the definition in `TestMemory` and in test_kernels_near_far."""
 
@@ -152,20 +223,20 @@ class TestOneToken:
     def test_what_is_hidden(self, window, sinks):
         """By the definition: a query sees sinks before `start`, and every token from `start` on, in its slot."""
         positions = torch.arange(20 * window)[:, None]
-        hidden = one_token._hidden(positions, window, sinks, torch.float64)
+        hidden = few_tokens._hidden(positions, window, sinks, torch.float64)
         for position, row in zip(positions[:, 0].tolist(), hidden):
             start = max(position // window - 1, 0) * window
             seen = {j for j in range(sinks) if j < start}
             seen |= {sinks + t % (2 * window) for t in range(start, position + 1)}
             assert {j for j, x in enumerate(row.tolist()) if x == 0} == seen
             assert all(x in (0, -torch.inf) for x in row.tolist())
-            alike = one_token._hidden_alike(position, window, sinks, torch.float64, torch.device("cpu"))
+            alike = few_tokens._hidden_alike(position, 1, 1, window, sinks, torch.float64, torch.device("cpu"))
             assert torch.equal(alike[0, 0, 0], row)
 
     def test_tensors_without_numbers_do_not_stay(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        one_token._hidden_alike.cache_clear()
+        few_tokens._hidden_alike.cache_clear()
         for mode in (FakeTensorMode(), nullcontext()):
             with mode, torch.no_grad():
                 x = torch.ones(1, 1, 1, 4)
@@ -181,10 +252,10 @@ class TestOneToken:
         q, k, v = (torch.randn(3, 2, n, 8, last, generator=generator, dtype=torch.float64)[..., 0] for n in (5, 11, 11))
         hidden = torch.zeros(rows, 1, 1, 11, dtype=torch.float64)
         hidden[..., 3:6] = -torch.inf
-        assert one_token._flash is not None, "this version of PyTorch has it"
-        out, lse = one_token._attend(q, k, v, hidden, scale, from_peak=False)
-        monkeypatch.setattr(one_token, "_flash", None)
-        expected, log_z = one_token._attend(q, k, v, hidden, scale, from_peak=False)
+        assert few_tokens._flash is not None, "this version of PyTorch has it"
+        out, lse = few_tokens._attend(q, k, v, hidden, scale, from_peak=False)
+        monkeypatch.setattr(few_tokens, "_flash", None)
+        expected, log_z = few_tokens._attend(q, k, v, hidden, scale, from_peak=False)
         logits = scale * (q @ k.transpose(2, 3)) + hidden
         assert_near(log_z, logits.logsumexp(-1))
         assert_near(expected, logits.softmax(-1) @ v)
@@ -642,7 +713,7 @@ class TestTraffic:
 
     def test_near_is_what_a_query_sees(self):
         positions = torch.arange(64, 128)
-        seen = (one_token._hidden(positions[:, None], 16, 0, torch.float32) == 0).sum(-1) - 1  # without its own
+        seen = (few_tokens._hidden(positions[:, None], 16, 0, torch.float32) == 0).sum(-1) - 1  # without its own
         shape = DecodeShape(1, 1, 1, 16, 16, 16, 16, 0)
         assert float(seen.double().mean()) == shape.near
 

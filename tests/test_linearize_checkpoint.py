@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import linearize
 from linearize import LinearizeConfig, LinearizeError, convert, load, original_attention, revert, save
 from linearize.convert import converted_layers, is_converted
 from linearize.fingerprint import spread
@@ -84,7 +85,8 @@ class TestWhole:
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), student)
         written = json.loads((tmp_path / "config.json").read_text())
         assert written["model_type"] == "linearize"
-        assert written["linearize"] == {"format": 1, "base_model_type": family} | student.config.linearize
+        header = {"format": 1, "version": linearize.__version__, "base_model_type": family}
+        assert written["linearize"] == header | student.config.linearize
         config = AutoConfig.from_pretrained(tmp_path)
         assert type(config) is type(student.config)
         assert config.linearize == student.config.linearize
@@ -460,8 +462,8 @@ class TestBadInputs:
         path = folder / "whole" / "config.json"
         edit(path, linearize=json.loads(path.read_text())["linearize"] | {"format": 2})
         assert self.message(lambda: load(folder / "whole")) == (
-            "config.json: format 2 of the conversion is not the 1 that this version of linearize reads; install the "
-            "version that wrote it"
+            f"config.json: format 2 of the conversion is not the 1 that linearize {linearize.__version__} reads; it "
+            f"was written by linearize {linearize.__version__}, install that one"
         )
 
     def test_config_without_the_conversion(self, folder):

@@ -362,9 +362,9 @@ def _kept_state(kept: State | None, states: State, index: int | Tensor) -> State
     """The state at `index` (an int, or one a row) of those stacked in dimension 2, or `kept` where it is not there."""
     count = states.z.shape[2]
     if isinstance(index, int):
-        return State(*(x[:, :, index].detach().clone() for x in states)) if 0 <= index < count else kept
+        return states.map(lambda x: x[:, :, index].detach().clone()) if 0 <= index < count else kept
     row = torch.arange(len(index), device=index.device)
-    found = State(*(x.detach()[row, :, index.clamp(0, count - 1)] for x in states))
+    found = states.map(lambda x: x.detach()[row, :, index.clamp(0, count - 1)])
     if kept is None:
         return found
     here = ((index >= 0) & (index < count))[:, None, None]

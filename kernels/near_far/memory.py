@@ -29,8 +29,8 @@ from torch import Tensor
 from ..backends import choose_backend, log_once
 from .checks import check_inputs, check_softmax, softmax_obstacle
 from .chunked import near_far_rows, pad_to_chunks
+from .few_tokens import few_tokens, pending_state, wide
 from .mixers import Hedgehog, Mixer, Recurrent, State, full_precision, near_part, state_obstacle
-from .one_token import one_token, pending_state, wide
 from .pack import pack_rows, unpack_rows
 from .rollback import Undo
 
@@ -44,7 +44,8 @@ class Memory:
     None where they cannot; `pending` the tokens of chunk c - 1 that are on their way into the state of a `static`
     memory.
 
-    Decoding one token without gradients changes the tensors in place, so that their addresses stay what they were.
+    Decoding without gradients, a token or a few at a time, changes the tensors in place, so that their addresses stay
+    what they were.
     """
 
     keys: Tensor
@@ -121,7 +122,7 @@ class Memory:
 
     def map(self, fn) -> "Memory":
         """A memory whose every tensor is `fn` of this one's: reordering rows, moving to a device."""
-        state, pending = (None if x is None else State(*(fn(y) for y in x)) for x in (self.state, self.pending))
+        state, pending = (None if x is None else x.map(fn) for x in (self.state, self.pending))
         return Memory(
             keys=fn(self.keys),
             values=fn(self.values),
@@ -162,8 +163,8 @@ def near_far_step(
 
     The same numbers that the full form gives at these positions. Arguments and shapes as in `near_far_attention`;
     backend: "torch", "triton" or "auto", as there. The returned memory may share storage with the given one, which must
-    not be used again. No gradient flows into earlier calls. One token without mask and gradients is a step of
-    `triton_decode` where its kernels run.
+    not be used again. No gradient flows into earlier calls. Without mask and gradients one token is a step of
+    `triton_decode` where its kernels run; elsewhere up to W tokens of rows of one length are steps in place.
     """
     if isinstance(mixer, Recurrent):
         from .recurrent import recurrent_step
@@ -185,7 +186,15 @@ def near_far_step(
                 from .triton_decode import triton_step
 
                 return triton_step(q, k, v, memory, mixer, mix_logit, **options), memory
-            return one_token(q, k, v, memory, mixer, mix_logit, **options, **softmax, mask=mask), memory
+            return few_tokens(q, k, v, memory, mixer, mix_logit, **options, **softmax, mask=mask), memory
+        if (
+            chosen != "triton"
+            and not (torch.is_grad_enabled() or memory.static)
+            and mask is None
+            and memory.uniform is not None
+            and q.shape[2] <= window
+        ):
+            return _chunk_by_chunk(q, k, v, memory, mixer, mix_logit, **options, **softmax), memory
         options |= softmax | {"mask": mask}
         return _many_tokens(q, k, v, memory, mixer, mix_logit, **options, triton=chosen == "triton")
 
@@ -235,6 +244,20 @@ def _steps_in_triton(mixer: Mixer | None) -> bool:
         return True
     log_once(f"near-and-far decoding runs in PyTorch: the Triton step knows no mixer {type(mixer).__name__}")
     return False
+
+
+def _chunk_by_chunk(
+    q: Tensor, k: Tensor, v: Tensor, memory: Memory, mixer: Mixer | None, mix_logit: Tensor | None, **options: Any
+) -> Tensor:
+    """Up to W tokens of rows of one length, in place: those of the newest chunk, then those of the next."""
+    assert memory.uniform is not None
+    first = options["window"] - memory.uniform % options["window"]
+    outs = []
+    for part in (slice(0, first), slice(first, None)):
+        if q[:, :, part].shape[2]:
+            logit = mix_logit if mix_logit is None or mix_logit.ndim < 3 else mix_logit[:, :, part]
+            outs.append(few_tokens(q[:, :, part], k[:, :, part], v[:, :, part], memory, mixer, logit, **options))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
 def _many_tokens(

@@ -42,12 +42,12 @@ class Undo:
     def empty(cls, k: Tensor, v: Tensor, state: State | None, window: int) -> "Undo":
         """For keys (B, K, ., D), values (B, K, ., V) and a state like these."""
         keys, values = (x.new_zeros(*x.shape[:2], window, x.shape[3]) for x in (k, v))
-        older = None if state is None else State(*(torch.zeros_like(x) for x in state))
+        older = None if state is None else state.map(torch.zeros_like)
         return cls(keys, values, older, torch.full(k.shape[:1], -1, dtype=torch.long, device=k.device))
 
     def map(self, fn) -> "Undo":
         """Every tensor is `fn` of this one's."""
-        state = None if self.state is None else State(*(fn(x) for x in self.state))
+        state = None if self.state is None else self.state.map(fn)
         return Undo(fn(self.keys), fn(self.values), state, fn(self.spent))
 
     def nbytes(self) -> tuple[int, int]:

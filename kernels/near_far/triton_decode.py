@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..devices import INTERPRETER, Target
 from ..launch import current_target, launch
+from .few_tokens import fold
 from .memory import Memory
 from .mixers import Hedgehog, Mixer, accumulation_dtype
-from .one_token import fold
 from .triton_arguments import TL_TYPES, last_contiguous, tile
 from .triton_decode_kernels import decode_combine, decode_prepare, decode_step
 

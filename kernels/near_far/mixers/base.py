@@ -4,6 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads (G = H / K query heads s
 D head dimension of q and k, V of v, F features, N chunks, W tokens a chunk.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ class State(NamedTuple):
 
     s: Tensor
     z: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "State":
+        """`fn` of both."""
+        return State(fn(self.s), fn(self.z))
 
 
 class Mixer(nn.Module):

@@ -1,8 +1,9 @@
-"""The decode step in PyTorch: one new token of every row, in place, in few and large operations.
+"""The decode step in PyTorch: one new token of every row, or some of one chunk, in place, in few and large operations.
 
 At one token a step's time is that of its calls as much as of its bytes, so window and sinks are one list of keys and
 one softmax, and on a CPU one call does both products of it: PyTorch's own flash attention, which returns log Z beside
-the output. No key head is repeated, nothing is concatenated.
+the output. No key head is repeated, nothing is concatenated. Tokens of one chunk read the same state and keys, so
+several, such as drafts to be verified, are more rows of the same matrix.
 
 Shape legend as in `chunked`.
 """
@@ -19,13 +20,13 @@ from .mixers import Mixer, State, accumulation_dtype
 if TYPE_CHECKING:
     from .memory import Memory
 
-__all__ = ["fold", "one_token", "pending_state", "wide"]
+__all__ = ["few_tokens", "fold", "pending_state", "wide"]
 
 # Returns (output, log Z); what scaled_dot_product_attention calls on a CPU, which keeps log Z to itself.
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def one_token(
+def few_tokens(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -41,8 +42,10 @@ def one_token(
     soft_cap: float | None = None,
     sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """Attention (B, H, 1, V) of one new token, which `memory` remembers in place. Arguments as in `near_far_step`; only
-    a static memory takes a mask."""
+    """Attention (B, H, T, V) of new tokens, which `memory` remembers in place. Arguments as in `near_far_step`.
+
+    T is 1, or more where all rows have one length and the tokens lie in one chunk. Only a static memory takes a mask.
+    """
     new = None if mask is None else mask[:, 0].bool()
     if memory.static:
         memory.uniform = None
@@ -51,11 +54,12 @@ def one_token(
         fold(memory, mixer, window=window, sinks=sinks)
     position: int | Tensor = memory.lengths.clone() if memory.uniform is None else memory.uniform
     _remember(memory, k, v, position, new)
-    memory.lengths.add_(1 if new is None else new)
+    (batch, heads, tokens, _), kv_heads = q.shape, k.shape[1]
+    memory.lengths.add_(tokens if new is None else new)
     if memory.uniform is not None:
-        memory.uniform += 1
+        memory.uniform += tokens
 
-    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    group = heads // kv_heads
     dtype = accumulation_dtype(q)
     if isinstance(position, Tensor):
         hidden, far = _hidden(position[:, None], window, sinks, dtype)[:, None, None], True
@@ -64,18 +68,19 @@ def one_token(
         # (FakeTensorMode) must not stay in it.
         plain = type(memory.keys) is Tensor and not torch.compiler.is_compiling()
         alike = _hidden_alike if plain else _hidden_alike.__wrapped__
-        hidden, far = alike(position, window, sinks, dtype, q.device), position >= 2 * window
+        hidden, far = alike(position, tokens, group, window, sinks, dtype, q.device), position >= 2 * window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries = q.reshape(batch, kv_heads, heads // kv_heads, -1)  # (B, K, G, D): a group is rows of one matrix
-    sink = None if sink_logit is None else sink_logit.view(kv_heads, heads // kv_heads, 1)
+    rows = batch, kv_heads, group * tokens, -1  # a group and its tokens are rows of one matrix
+    queries = q.reshape(rows)
+    sink = None if sink_logit is None else sink_logit.view(kv_heads, group, 1).repeat_interleave(tokens, dim=1)
     out, lse = _attend(queries, memory.keys, memory.values, hidden, scale, mix == "peak", soft_cap, sink)
-    out, lse = out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+    out, lse = out.reshape(batch, heads, tokens, -1), lse.reshape(batch, heads, tokens)
     if mixer is not None and far:
         state = wide(memory.state)
         assert state is not None, "a memory made for a mixer has a state"
-        phi_q = mixer.query_features(q).reshape(batch, kv_heads, heads // kv_heads, -1)
+        phi_q = mixer.query_features(q).reshape(rows)
         value, log_mass = mixer.read(state, phi_q)
-        value, log_mass = value.reshape(batch, heads, 1, -1), log_mass.reshape(batch, heads, 1)
+        value, log_mass = value.reshape(batch, heads, tokens, -1), log_mass.reshape(batch, heads, tokens)
         out = mix_near_far(out, lse, value, log_mass, mix_logit, mix)
     if new is not None:
         out = torch.where(new[:, None, None, None], out, 0)
@@ -94,8 +99,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q.k + hidden) v and its log Z, less the largest logit where `from_peak`.
 
-    q: (B, K, G, D), k: (B, K, N, D), v: (B, K, N, V); hidden: 0 or -inf, (1 or B, 1, 1, N); sink: (K, G, 1) or None ->
-    (B, K, G, V), (B, K, G).
+    q: (B, K, R, D), k: (B, K, N, D), v: (B, K, N, V); hidden: 0 or -inf, (1 or B, 1, 1 or R, N); sink: (K, R, 1) or
+    None -> (B, K, R, V), (B, K, R).
     """
     plain = soft_cap is None and sink is None and not from_peak
     dtype = hidden.dtype
@@ -110,9 +115,13 @@ def _attend(
 
 
 @lru_cache(maxsize=8)  # all layers of a model ask for the same one
-def _hidden_alike(position: int, window: int, sinks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`_hidden` of rows that are all at one position: (1, 1, 1, S + 2 W)."""
-    return _hidden(torch.tensor([[position]], device=device), window, sinks, dtype)[:, None, None]
+def _hidden_alike(
+    position: int, tokens: int, group: int, window: int, sinks: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`_hidden` of rows that are all at one position: (1, 1, 1, S + 2 W) for one token, (1, 1, G T, S + 2 W) for more,
+    the tokens of each of G heads after one another."""
+    hidden = _hidden(torch.arange(position, position + tokens, device=device)[:, None], window, sinks, dtype)
+    return (hidden if tokens == 1 else hidden.repeat(group, 1))[None, None]
 
 
 def _hidden(position: Tensor, window: int, sinks: int, dtype: torch.dtype) -> Tensor:
@@ -135,15 +144,16 @@ def _hidden(position: Tensor, window: int, sinks: int, dtype: torch.dtype) -> Te
 
 
 def _remember(memory: "Memory", k: Tensor, v: Tensor, position: int | Tensor, new: Tensor | None = None) -> None:
-    """One new token of every row, or of the rows `new` (B,), into its slot of the ring, and among the sinks where it is
-    one of them."""
+    """New tokens of every row, or one of the rows `new` (B,), into their slots of the ring, and among the sinks those
+    that belong there. position: of the first; several have consecutive slots."""
     sinks = memory.sinks
     for x, held in ((k, memory.keys), (v, memory.values)):
         ring = held.shape[2] - sinks
         if not isinstance(position, Tensor):
-            held[:, :, sinks + position % ring] = x[:, :, 0]
+            begin = sinks + position % ring
+            held[:, :, begin : begin + x.shape[2]] = x
             if position < sinks:
-                held[:, :, position] = x[:, :, 0]
+                held[:, :, position : min(position + x.shape[2], sinks)] = x[:, :, : sinks - position]
             continue
         row = torch.arange(x.shape[0], device=x.device)
         slot = sinks + position % ring
