@@ -4,7 +4,6 @@ Nothing heavy is imported here: torch and transformers load inside the commands 
 """
 
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
@@ -17,13 +16,16 @@ from linearize._version import __version__
 from linearize.cli_calibrate import calibrate
 from linearize.cli_capacity import capacity
 from linearize.cli_export import export
+from linearize.cli_generate import generate
 from linearize.cli_options import (
     DEFAULT,
+    Base,
     Device,
     DType,
     FeatureDim,
     Mix,
     Mixer,
+    Model,
     Seed,
     Sinks,
     SoftmaxLayers,
@@ -65,20 +67,12 @@ def main() -> None:
     app(prog_name="linearize")
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder, a hub name, path/to/file.gguf or package://package/file.gguf; a student's folder too.",
-    ),
-]
 RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE", help="A YAML file, or a preset: demo, default, decomposed, lolcats, liger or window-only."
     ),
 ]
-Base = Annotated[str | None, typer.Option(help="The original below a student; the one it recorded if left out.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe; can be given many times."),
@@ -543,32 +537,7 @@ def families() -> None:
     print_families()
 
 
-@app.command(cls=PlainCommand)
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    speculative: Annotated[
-        bool, typer.Option("--speculative", help="The original writes; the student only drafts for it, to save time.")
-    ] = False,
-    base: Base = None,
-    dtype: DType = "auto",
-    device: Device = None,
-    seed: Seed = 0,
-) -> None:
-    """Let a model write; the text streams to standard output.
-
-    Example: linearize generate runs/demo/student --chat --prompt "Why is the sky blue?"
-    """
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise LinearizeError("prompt: it is empty; give the text to continue")
-    quiet()
-    from linearize.tasks import write_answer
-
-    write_answer(model, base, text, chat, max_new_tokens, temperature, dtype, device, seed, speculative)
+app.command(cls=PlainCommand)(generate)
 
 
 def _settings(config: LinearizeConfig) -> list[str]:

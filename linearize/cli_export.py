@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli_options import check_new_folder, quiet
+from linearize.cli_options import Base, check_new_folder, quiet
 from linearize.console import note
 from linearize.errors import LinearizeError
 
@@ -15,7 +15,7 @@ __all__ = ["export"]
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder: an adapter or a whole one.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    base: Annotated[str | None, typer.Option(help="An adapter's original, if it is not where it was.")] = None,
+    base: Base = None,
 ) -> None:
     """Write a student as one whole checkpoint, LoRA merged, that transformers loads.
 

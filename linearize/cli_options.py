@@ -14,11 +14,13 @@ from linearize.errors import LinearizeError
 
 __all__ = [
     "DEFAULT",
+    "Base",
     "DType",
     "Device",
     "FeatureDim",
     "Mix",
     "Mixer",
+    "Model",
     "Original",
     "Seed",
     "Sinks",
@@ -35,6 +37,14 @@ DEFAULT = LinearizeConfig()
 Original = Annotated[
     str, typer.Argument(metavar="MODEL", help="The original: a folder, a hub name, or a GGUF file as elsewhere.")
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a hub name, path/to/file.gguf or package://package/file.gguf; a student's folder too.",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="The original below a student; the one it recorded if left out.")]
 Mixer = Annotated[str, typer.Option(help=f"What becomes of tokens that leave the window: {', '.join(MIXERS)}.")]
 Window = Annotated[int, typer.Option(help="W: between W and 2W-1 recent tokens stay exact.")]
 Sinks = Annotated[int, typer.Option(help="How many of the first tokens stay exact.")]

@@ -144,7 +144,9 @@ def apply_conversion(model: nn.Module, config: LinearizeConfig) -> None:
     install(model)
     decoder = model.get_submodule(family.decoder)
     names = tuple(inspect.signature(decoder.forward).parameters)
-    hook = _BeforeDecoder(switch, indices, names, family.packs, all_converted=len(indices) == geometry.layers)
+    every = range(geometry.layers)
+    groups = geometry.heads > geometry.kv_heads and all(own_window(model.config, layer) is None for layer in every)
+    hook = _BeforeDecoder(switch, indices, names, family.packs, len(indices) == geometry.layers, groups)
     hooks = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if not family.hands_down:
         hooks += [layers[index].register_forward_pre_hook(_hand_down, with_kwargs=True) for index in indices]
@@ -263,12 +265,21 @@ def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
 class _BeforeDecoder:
     """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
 
-    def __init__(self, switch: Switch, layers: list[int], names: tuple[str, ...], packs: bool, all_converted: bool):
+    def __init__(
+        self,
+        switch: Switch,
+        layers: list[int],
+        names: tuple[str, ...],
+        packs: bool,
+        all_converted: bool,
+        groups: bool,
+    ):
         self.switch = switch
         self.layers = layers
         self.names = names  # of the decoder's arguments, in their order
         self.packs = packs
         self.all_converted = all_converted
+        self.groups = groups  # several query heads a key head, and every softmax layer sees every token
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
@@ -313,7 +324,24 @@ class _BeforeDecoder:
             # No layer reads a 4-D mask, and a T x T one would be all that is quadratic here. transformers hands a
             # mask that is 4-D already down as it is.
             kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        elif self.groups and attention == "sdpa" and tokens.shape[1] == 1 and tokens.device.type == "cpu":
+            kwargs["attention_mask"] = self._one_query_mask(kwargs.get("attention_mask"), cache)
         return (), kwargs
+
+    def _one_query_mask(self, mask: Any, cache: Any) -> Any:
+        """(B or 1, 1, 1, N) for one query on a CPU, also where all N keys are seen: with a mask transformers lets the
+        queries of a group be rows of one product, and without one PyTorch reads the keys once for each of them. `mask`
+        itself where it is of another kind, or the cache for graphs."""
+        layer = None if cache is None else cache.layers[self.layers[0]]
+        two = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        if not two or not isinstance(layer, NearFarLayer) or layer.static_length is not None:
+            return mask
+        if torch.compiler.is_compiling():
+            return mask
+        length = layer.get_seq_length() + 1
+        if mask is None:
+            return torch.ones(1, 1, 1, length, dtype=torch.bool)
+        return mask[:, None, None, :length].bool() if mask.shape[1] >= length else mask
 
     def _positions(self, mask: torch.Tensor | None, tokens: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """(B, T) positions of the new tokens, counted in real tokens of their row; None where no row has padding.

@@ -34,6 +34,7 @@ from linearize.convert import base_model, converted_layers, is_converted, origin
 from linearize.errors import LinearizeError
 from linearize.families import own_window
 from linearize.growing import growing_cache
+from linearize.packed_attention import packed_attention
 
 __all__ = ["Speculation", "speculative_generate"]
 
@@ -265,7 +266,7 @@ class _Reader:
         # The last of a few hidden states are a slice, for which PyTorch's product with the language head copies the
         # whole weight first; the rest of their logits costs less.
         kept = len(tokens) if len(tokens) <= FEW_LOGITS else last
-        with self.enter() as model:
+        with self.enter() as model, packed_attention(model):
             out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=kept)
         self.seen += len(tokens)
         return out.logits[0, -last:].float()
