@@ -30,8 +30,11 @@ def speed_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 def _speed(cell: dict[str, Any]) -> dict[str, str]:
     alone, ours, times = cell["original"][cell["mode"]], cell["speculative"], cell["speedup"]
+    growing = cell["original"].get("dynamic")
+    default = {} if growing is None else {"in a growing cache": f"{growing['ms_per_token']['p50']:.1f}"}
     return {
         "original alone, ms a token": f"{alone['ms_per_token']['p50']:.1f} ({cell['mode']})",
+        **default,
         "with drafts": f"{ours['ms_per_token']['p50']:.1f}",
         "times as fast (range)": f"{times['p50']:.2f} ({times['min']:.2f} to {times['max']:.2f})",
         "tokens a block": f"{ours['acceptance_length']:.2f}",

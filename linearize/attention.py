@@ -55,6 +55,14 @@ class Switch:
     windows: dict[int, int] = field(default_factory=dict)
 
 
+def _active(module: Any) -> Any:
+    """Of a module that PEFT has wrapped to train a copy of it, the one of both that is in use; any other as it is."""
+    if not hasattr(module, "modules_to_save"):
+        return module
+    names = [] if module.disable_adapters else [x for x in module.active_adapters if x in module.modules_to_save]
+    return module.modules_to_save[names[0]] if names else module.original_module
+
+
 class Mix(nn.Module):
     """Log-odds of the far side: bias_h + weight_h . q, a linear function of the query for each head.
 
@@ -159,14 +167,14 @@ class ConvertedAttention(nn.Module):
 
     @property
     def mixer_in_use(self) -> Mixer | None:
-        """The mixer, or the copy of it that PEFT's active adapter has (`modules_to_save=["mixer", "mix"]`)."""
-        held: Any = self.mixer
-        if held is None or isinstance(held, Mixer):
-            return held
-        # PEFT puts a wrapper in its place, which passes calls on; a mixer is not called.
-        if held.disable_adapters or not held.active_adapters:
-            return held.original_module
-        return held.modules_to_save[held.active_adapters[0]]
+        """The mixer, or the copy of it that PEFT's active adapter has (`modules_to_save=["mixer", "mix"]`): in its
+        place PEFT has put a wrapper that passes calls on, and a mixer is not called."""
+        return self.mixer if self.mixer is None or isinstance(self.mixer, Mixer) else _active(self.mixer)
+
+    @property
+    def mix_in_use(self) -> Mix | None:
+        """The mix, likewise."""
+        return _active(self.mix)
 
     def train(self, mode: bool = True) -> "ConvertedAttention":
         """As for any module; the original, which is no submodule, follows: its attention may have dropout."""

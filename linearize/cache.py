@@ -60,6 +60,7 @@ class NearFarLayer(CacheLayerMixin):
         self.record_past = False
         self.record: _Record | None = None
         self.behind: CacheLayerMixin | None = None
+        self.from_inference = False  # whether some tensor may be one of inference mode
 
     def _zero(self) -> int | Tensor:
         return 0 if self.static_length is None else torch.tensor(0)
@@ -119,11 +120,13 @@ class NearFarLayer(CacheLayerMixin):
 
     def _make_writable(self) -> None:
         """What inference mode has made could not be written to outside of it: copies of it can."""
-        if self.memory is None or not self.memory.keys.is_inference() or torch.is_inference_mode_enabled():
-            return
-        self._map(torch.clone)
-        if isinstance(self.seen, Tensor):
-            self.seen = self.seen.clone()
+        if torch.is_inference_mode_enabled():
+            self.from_inference = True
+        elif self.from_inference or (self.memory is not None and self.memory.keys.is_inference()):
+            self._map(torch.clone)
+            if isinstance(self.seen, Tensor):
+                self.seen = self.seen.clone()
+            self.from_inference = False
 
     def _mark(self, mask: Tensor | None, new: int, window: int) -> None:
         if mask is None:
@@ -168,6 +171,7 @@ class NearFarLayer(CacheLayerMixin):
         return self.memory.lengths.shape[0]
 
     def _map(self, fn) -> None:
+        self.from_inference |= torch.is_inference_mode_enabled()
         if self.memory is not None:
             self.memory = self.memory.map(fn)
         if self.marks is not None:
@@ -218,6 +222,7 @@ class NearFarLayer(CacheLayerMixin):
             self._restart_record()
 
     def _restart_record(self) -> None:
+        self.from_inference |= torch.is_inference_mode_enabled()
         self.record = _Record(None if self.memory is None else self.memory.map(torch.clone))
 
     @torch.no_grad()
@@ -384,7 +389,8 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
 
     Returns:
         "softmax": keys and values of softmax layers; "window": near keys and values and sinks of converted layers;
-        "state": their states and normalisers; both with what is kept to take tokens back by; "total": the sum.
+        "state": their states and normalisers; both with what is kept to take tokens back by; "total": the sum. Room
+        that softmax layers keep for tokens to come is not counted: an eighth of their bytes, or 64 tokens.
     """
     counts = {"softmax": 0, "window": 0, "state": 0}
     for layer in cache.layers:

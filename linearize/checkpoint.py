@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from linearize.attention import ConvertedAttention
 from linearize.config import LinearizeConfig
-from linearize.convert import added_parameters, base_model, convert, is_converted, revert
+from linearize.convert import base_model, convert, is_converted, revert
 from linearize.errors import LinearizeError
 from linearize.families import geometry_of
 from linearize.fingerprint import Sample, changed_values, weight_sample
@@ -144,7 +145,15 @@ def load(
 
 def added_weights(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that conversion added, by their names in the causal language model's state dict."""
-    return {name: p.detach().contiguous() for name, p in added_parameters(model).items()}
+    base = base_model(model)
+    return {
+        f"{name}.{part}.{inner}": p.detach().contiguous()
+        for name, layer in base.named_modules()
+        if isinstance(layer, ConvertedAttention)
+        for part, module in (("mixer", layer.mixer_in_use), ("mix", layer.mix_in_use))
+        if module is not None
+        for inner, p in module.named_parameters()
+    }
 
 
 def _check_unchanged(model: Any) -> Sample | None:

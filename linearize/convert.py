@@ -293,10 +293,13 @@ class _BeforeDecoder:
         attention = model_config._attn_implementation or ""
         mask = kwargs.get("attention_mask")
         packed = mask is None  # as far as the original attention would look
+        whole = True
         if isinstance(mask, dict) and NEW_TOKENS_MASK in mask:
             kwargs["attention_mask"], mask = _apart(mask)
+            whole = False  # of the new tokens alone
         kwargs["near_far_mask"] = _new_tokens_mask(mask, tokens.shape[1], cache)
-        if kwargs.get("position_ids") is None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
             kwargs["position_ids"] = self._positions(kwargs["near_far_mask"], tokens, cache)
         kwargs["near_far_documents"] = None
         if packed:
@@ -309,8 +312,14 @@ class _BeforeDecoder:
         if not self.switch.converted:
             return (), kwargs
 
-        if kwargs["near_far_documents"] is None and not torch.compiler.is_compiling():
-            _check_positions(kwargs["position_ids"], kwargs["near_far_mask"], self._read(cache))
+        layer = self._layer(cache)
+        # A step for graphs asks its device nothing, and one token on a GPU is not worth waiting for.
+        asks = tokens.shape[1] > 1 or tokens.device.type == "cpu"
+        if asks and not torch.compiler.is_compiling() and (layer is None or layer.static_length is None):
+            if layer is not None and whole:
+                _check_hidden(mask, layer)
+            if positions is not None and kwargs["near_far_documents"] is None:
+                _check_positions(positions, kwargs["near_far_mask"], self._read(cache))
         if kwargs.get("output_attentions"):
             raise LinearizeError(
                 "output_attentions: a converted layer has no attention map; leave it out, or look at the original "
@@ -332,9 +341,9 @@ class _BeforeDecoder:
         """(B or 1, 1, 1, N) for one query on a CPU, also where all N keys are seen: with a mask transformers lets the
         queries of a group be rows of one product, and without one PyTorch reads the keys once for each of them. `mask`
         itself where it is of another kind, or the cache for graphs."""
-        layer = None if cache is None else cache.layers[self.layers[0]]
+        layer = self._layer(cache)
         two = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-        if not two or not isinstance(layer, NearFarLayer) or layer.static_length is not None:
+        if not two or layer is None or layer.static_length is not None:
             return mask
         if torch.compiler.is_compiling():
             return mask
@@ -358,10 +367,15 @@ class _BeforeDecoder:
             counted = mask.long().cumsum(-1)
         return (before + counted - 1).clamp_min(0)
 
+    def _layer(self, cache: Any) -> NearFarLayer | None:
+        """The cache's first converted layer, if it has one by now."""
+        layer = cache.layers[self.layers[0]] if cache is not None and len(cache.layers) > self.layers[0] else None
+        return layer if isinstance(layer, NearFarLayer) else None
+
     def _read(self, cache: Any) -> int | torch.Tensor:
         """Real tokens of each row that the cache holds, (B, 1), or their number where all rows hold as many."""
-        layer = cache.layers[self.layers[0]] if cache is not None and len(cache.layers) > self.layers[0] else None
-        if not isinstance(layer, NearFarLayer) or layer.memory is None:
+        layer = self._layer(cache)
+        if layer is None or layer.memory is None:
             return 0
         return layer.memory.lengths[:, None] if layer.memory.uniform is None else layer.memory.uniform
 
@@ -438,28 +452,42 @@ def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: s
     return lay_out_documents([*starts, batch * length], batch, length, tokens.device)
 
 
+def _check_hidden(mask: Any, layer: NearFarLayer) -> None:
+    """A mask must not hide what the cache has read: pads that were not called pads when they came, for instance."""
+    past = layer.seen
+    if layer.memory is None or not isinstance(mask, torch.Tensor) or mask.shape[1] < past:
+        return
+    hidden = layer.memory.lengths.to(mask.device) - mask[:, :past].bool().sum(1)
+    if bool((hidden > 0).any()):
+        row = int(hidden.argmax())
+        raise LinearizeError(
+            f"attention_mask: row {row} hides {int(hidden[row])} of the {int(layer.memory.lengths[row])} tokens that "
+            "the cache has read, and what is in a state stays there; start a new cache from the texts without them"
+        )
+
+
 def _check_positions(positions: Any, mask: torch.Tensor | None, before: int | torch.Tensor) -> None:
     """Real tokens of a row may skip positions but not go back: what came first is in the state, of which nobody can say
-    any more which tokens lie behind a position.
+    any more which tokens lie behind a position. Of a past the number of tokens is known, and each had a position.
 
     positions (B or 1, T) of the new tokens; mask as of `_new_tokens_mask`; before: real tokens read, as of `_read`.
     """
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
         return
-    # As many positions lie behind a token as there were real tokens, at least.
-    floor = torch.as_tensor(before, device=positions.device)
-    known = positions if mask is None else torch.where(mask, positions, -1)
-    highest = torch.cat([torch.full_like(known[:, :1], -1), known[:, :-1].cummax(-1).values], dim=1)
-    least = highest.maximum(floor)
+    lowest = int(positions.min()) if positions.numel() else 0
+    known = positions if mask is None else torch.where(mask, positions, lowest)
+    least = torch.cat([torch.full_like(known[:, :1], lowest), known[:, :-1].cummax(-1).values], dim=1)
+    if isinstance(before, torch.Tensor) or before:
+        least = least.maximum(torch.as_tensor(before, device=positions.device))
     back = positions < least if mask is None else (positions < least) & mask
     if not bool(back.any()):
         return
     row, token = (int(i) for i in back.nonzero()[0])
-    position = int(positions.expand_as(back)[row, token])
+    position, end = positions.expand_as(back)[row, token].item(), least.expand_as(back)[row, token].item()
     raise LinearizeError(
-        f"position_ids: token {token} of row {row} goes back to position {position}, below {int(least[row, token])}, "
-        "where the tokens before it end; count on, crop the cache first, or give texts that share a row without "
-        "attention_mask and with use_cache=False"
+        f"position_ids: token {token} of row {row} goes back to position {position}, below {end}, where the tokens "
+        "before it end; count on, crop the cache first, or give texts that share a row without attention_mask and with "
+        "use_cache=False"
     )
 
 

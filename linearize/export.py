@@ -10,6 +10,7 @@ from linearize import exported
 from linearize._version import __version__
 from linearize.checkpoint import save
 from linearize.convert import base_model
+from linearize.models import HUB_NAME
 
 __all__ = ["export"]
 
@@ -47,8 +48,8 @@ def export(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None) ->
 
 def _card(model: Any) -> str:
     conversion = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in model.config.linearize.items())
-    name = model.config.name_or_path
-    origin = f"{Path(name).name if os.path.exists(name) else name}, " if name else ""
+    name = model.config.name_or_path  # a folder of this machine says nothing on another
+    origin = f"{name}, " if "/" in name and HUB_NAME.fullmatch(name) and not os.path.exists(name) else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -60,9 +61,7 @@ tags:
 
 Made from {origin}a `{type(model).__bases__[-1].__name__}`: most of its attention keeps a memory of fixed size.
 
-```sh
-pip install 'linearize>={__version__}'
-```
+It needs the Python package linearize, version {__version__} or later.
 
 ```python
 import linearize

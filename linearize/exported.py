@@ -19,9 +19,9 @@ class ExportedConfig(PretrainedConfig):
         try:
             from linearize.modeling import SavedStudentConfig
         except ImportError as error:
-            version = config_dict.get("linearize", {}).get("version", "0")
+            version = config_dict.get("linearize", {}).get("version", "")
             raise ImportError(
-                f"This model's attention is in the package linearize, which cannot be imported here ({error}). "
-                f"Install it: pip install 'linearize>={version}'"
+                f"This model's attention is in the Python package linearize, which cannot be imported here ({error}). "
+                f"Install linearize {version} or later."
             ) from error
         return SavedStudentConfig.from_dict(config_dict, **kwargs)

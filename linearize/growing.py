@@ -16,7 +16,8 @@ LEAST_ROOM = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """`keys` and `values` are the first part of larger tensors, as long as nobody replaces them.
+    """`keys` and `values` are the first part of larger tensors, as long as nobody replaces them. Tokens that come after
+    a `crop` are written where those were that it took away: to keep what `update` returned, clone it.
 
     Where gradients are on, or torch.compile traces, it is a `DynamicLayer`: a graph may hold what came before, and new
     tokens must not be written where `crop` has taken others away.
@@ -32,7 +33,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, new = self.get_seq_length(), key_states.shape[-2]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._fit(held, key_states, value_states):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._fit(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         if self._room is None or not self._has_room(held + new):
             self._room = self._move(self.keys, key_states, held), self._move(self.values, value_states, held)
@@ -41,15 +42,17 @@ class GrowingLayer(DynamicLayer):
         self._use(held + new)
         return self.keys, self.values
 
-    def _fit(self, held: int, *new: Tensor) -> bool:
+    def _fit(self, *new: Tensor) -> bool:
         """Whether these go behind what is held; else `torch.cat` shall say what is wrong."""
         return all(
-            not held or (x.shape[:-2], x.shape[-1], x.dtype, x.device) == (y.shape[:-2], y.shape[-1], y.dtype, y.device)
+            y.ndim == 1
+            or (x.shape[:-2], x.shape[-1], x.dtype, x.device) == (y.shape[:-2], y.shape[-1], y.dtype, y.device)
             for x, y in zip(new, (self.keys, self.values), strict=True)
         )
 
     def _has_room(self, length: int) -> bool:
-        assert self._room is not None
+        if self._room is None:
+            return False
         mine = self._used is not None and self._used[0] is self.keys and self._used[1] is self.values
         # What inference mode has made cannot be written to outside of it.
         writable = torch.is_inference_mode_enabled() or not self._room[0].is_inference()
@@ -71,14 +74,29 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens away: -n removes n."""
-        mine = self.is_initialized and self._room is not None and self._has_room(0)
+        mine = self.is_initialized and self._has_room(0)
         super().crop(tokens_to_remove)
         if mine:
             self._use(self.get_seq_length())
 
     def offload(self) -> None:
-        """To the CPU, room included."""
+        """To the CPU, without the room."""
         super().offload()
+        self._room = self._used = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]."""
+        super().reorder_cache(beam_idx)
+        self._room = self._used = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, beside each other."""
+        super().batch_repeat_interleave(repeats)
+        self._room = self._used = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        super().batch_select_indices(indices)
         self._room = self._used = None
 
     def reset(self) -> None:
@@ -90,7 +108,7 @@ class GrowingLayer(DynamicLayer):
         """For copies and pickles: what is held, without the room."""
         state = self.__dict__ | {"_room": None, "_used": None}
         if self.is_initialized:
-            state |= {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
+            state |= {"keys": self.keys.clone(), "values": self.values.clone()}
         return state
 
 

@@ -56,10 +56,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row("a mask that is shorter than the tokens", ("bad_input::TestMasks::test_too_short",), "refused"),
         Row(
-            "positions with gaps or repeated, those of padding",
+            "positions with gaps, those of padding; without a past repeated, negative, fractions",
             (
                 "bad_input::TestPositions::test_as_the_original_takes_them",
                 "bad_input::TestPositions::test_padding_has_any_position",
+                "bad_input::TestPositions::test_gaps_with_a_past",
             ),
             "works: as the original takes them",
         ),
@@ -75,8 +76,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row(
             "a mask that hides a token after it was read",
-            ("bad_input::TestMasks::test_hidden_later",),
-            "not heeded: what is in the state stays there",
+            ("bad_input::TestMasks::test_hidden_later", "bad_input::TestMasks::test_pads_of_a_chat"),
+            "refused: what is in a state stays there",
         ),
         Row(
             "packed documents with a cache",
@@ -164,8 +165,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "Caches": (
         Row("a `DynamicCache` of the user", ("generate::TestCaches::test_a_cache_of_the_user",)),
         Row(
-            "static caches",
-            ("generate::TestCaches::test_static", "generate::TestCaches::test_static_with_beams_and_pieces"),
+            "static caches, whose steps ask the device nothing",
+            (
+                "bad_input::TestPositions::test_a_step_for_graphs_is_not_asked",
+                "generate::TestCaches::test_static",
+                "generate::TestCaches::test_static_with_beams_and_pieces",
+            ),
         ),
         Row("`torch.compile` of a decoding step, one graph", ("model::TestCompile::test_decoding",)),
         Row(
@@ -204,7 +209,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "raises; LFM2 can where past recording was switched on",
         ),
         Row("copies and pickles", ("cache::TestCopies::test_branches",)),
-        Row("from inference mode to training", ("cache::TestCopies::test_inference_mode",)),
+        Row(
+            "from inference mode to training",
+            (
+                "cache::TestCopies::test_inference_mode",
+                "cache::TestCopies::test_in_and_out_of_inference_mode",
+            ),
+        ),
         Row("two caches at once", ("model::test_two_models_do_not_share",)),
         Row(
             "a prompt's cache on disk, `save_cache` and `load_cache`",

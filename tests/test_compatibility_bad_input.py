@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
 
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention
 from tests.parity import LENGTH, LOGITS, ORIGINAL, Case, alone, in_pieces, left_padded, make, positions_of
@@ -24,6 +25,18 @@ RESTART = torch.cat([torch.arange(25), torch.arange(LENGTH - 25)])[None]
 def logits_of(model, *args, **options):
     with torch.no_grad():
         return model(*args, **options).logits
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host waits for a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def message(use):
@@ -99,19 +112,31 @@ class TestMasks:
         )
 
     @student
-    def test_hidden_later(self, case):
-        """A state cannot forget a token. The next tokens are as if the mask had gone on saying that it is there."""
+    @pytest.mark.parametrize("new", [1, 5])
+    def test_hidden_later(self, case, new):
+        """A state cannot forget a token."""
         model, tokens = make(case), make_tokens(2, LENGTH)
-        expected = torch.stack(alone(model, list(tokens)))
         _, cache = in_pieces(model, [READ], tokens[:, :READ])
-        mask = torch.ones_like(tokens)
-        mask[:, 9] = 0
-        options = {"attention_mask": mask, "position_ids": torch.arange(READ, LENGTH)[None]}
-        found = logits_of(model, tokens[:, READ:], past_key_values=cache, **options)
-        if case.kept:
-            assert (found - expected[:, READ:]).abs().max() > 1e-3  # of softmax layers, which do heed it
-        else:
-            torch.testing.assert_close(found, expected[:, READ:], **LOGITS)
+        mask = torch.ones_like(tokens)[:, : READ + new]
+        mask[1, 9:12] = 0
+        for positions in (None, torch.arange(READ, READ + new)[None]):
+            options = {"attention_mask": mask, "past_key_values": cache, "position_ids": positions}
+            assert message(lambda o=options: model(tokens[:, READ : READ + new], **o)) == (
+                f"attention_mask: row 1 hides 3 of the {READ} tokens that the cache has read, and what is in a state "
+                "stays there; start a new cache from the texts without them"
+            )
+
+    @student
+    def test_pads_of_a_chat(self, case):
+        """The same by `generate`: a row that ended early was filled up with pads, which the next turn hides."""
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        first = model.generate(tokens[:, :READ], max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
+        history = torch.cat([first.sequences, tokens[:, READ : READ + 5]], dim=1)
+        mask = torch.ones_like(history)
+        mask[0, READ + 3 : READ + 9] = 0
+        options = {"attention_mask": mask, "past_key_values": first.past_key_values, "max_new_tokens": 3}
+        said = message(lambda: model.generate(history, do_sample=False, **options))
+        assert said.startswith(f"attention_mask: row 0 hides 5 of the {READ + 8} tokens that the cache has read")
 
 
 class TestPositions:
@@ -120,8 +145,14 @@ class TestPositions:
     @pytest.mark.parametrize("masked", [True, False])
     @pytest.mark.parametrize(
         "positions",
-        [torch.arange(LENGTH)[None] * 3, torch.arange(LENGTH)[None] + 7, torch.arange(LENGTH)[None] // 2],
-        ids=["every third", "later", "every one twice"],
+        [
+            torch.arange(LENGTH)[None] * 3,
+            torch.arange(LENGTH)[None] + 7,
+            torch.arange(LENGTH)[None] // 2,
+            torch.arange(LENGTH)[None] - 9,
+            torch.arange(LENGTH)[None] * 0.5,
+        ],
+        ids=["every third", "later", "every one twice", "negative", "halves"],
     )
     def test_as_the_original_takes_them(self, positions, masked):
         """Without a mask positions that do not go up by one tell documents apart, in both."""
@@ -178,6 +209,31 @@ class TestPositions:
         positions = torch.arange(READ, LENGTH)[None]
         found = logits_of(model, tokens[:, READ:], position_ids=positions, past_key_values=cache)
         torch.testing.assert_close(found, torch.stack(expected)[:, READ:], **LOGITS)
+
+    @student
+    def test_gaps_with_a_past(self, case):
+        """Positions are known to be behind what was read by the number of its tokens."""
+        model, tokens = make(case), make_tokens(1, LENGTH)
+        positions = 3 * torch.arange(LENGTH)[None]
+        options = {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+        expected = logits_of(model, tokens, use_cache=False, **options)
+        cache = DynamicCache()
+        logits_of(model, tokens[:, :READ], position_ids=positions[:, :READ], past_key_values=cache,
+                  attention_mask=options["attention_mask"][:, :READ])  # fmt: skip
+        options |= {"position_ids": positions[:, READ:], "past_key_values": cache}
+        torch.testing.assert_close(logits_of(model, tokens[:, READ:], **options), expected[:, READ:], **LOGITS)
+
+    @student
+    def test_a_step_for_graphs_is_not_asked(self, case):
+        """Nor is one token on a GPU: no check waits for the device."""
+        if case.far == "gla":
+            pytest.skip("steps of gla are the same")
+        model, tokens = make(case), make_tokens(1, LENGTH)
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+        logits_of(model, tokens[:, :READ], past_key_values=cache)
+        with torch.no_grad(), Asked() as asked:
+            model(tokens[:, READ : READ + 1], past_key_values=cache)
+        assert asked.count == 0
 
     @student
     def test_padding_has_any_position(self, case):

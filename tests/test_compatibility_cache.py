@@ -252,6 +252,28 @@ class TestCopies:
         goes_on(model, cache, tokens, mask, READ)
 
     @pytest.mark.parametrize("case", STUDENTS, ids=str)
+    @pytest.mark.parametrize("recorded", [False, True])
+    @pytest.mark.parametrize("piece", [1, 3, 8])
+    def test_in_and_out_of_inference_mode(self, case, piece, recorded):
+        """A few tokens there and the next elsewhere, also after going back to where recording began."""
+        model, tokens = make(case), make_tokens(2, LENGTH)
+        texts = torch.stack(alone(model, list(tokens)))
+        _, cache = in_pieces(model, [20], tokens[:, :20])
+        with torch.inference_mode():
+            if recorded:
+                cache.activate_past_recording()
+            for begin in (20, 20 + piece):
+                model(tokens[:, begin : begin + piece], past_key_values=cache)
+        kept = 20 + 2 * piece
+        with torch.no_grad():
+            if recorded:
+                cache.crop(-min(10, 2 * piece))
+                kept -= min(10, 2 * piece)
+            for t in (kept, kept + 1):
+                found = model(tokens[:, t : t + 1], past_key_values=cache).logits[:, 0]
+                torch.testing.assert_close(found, texts[:, t], **LOGITS)
+
+    @pytest.mark.parametrize("case", STUDENTS, ids=str)
     def test_inference_mode(self, case):
         model, (tokens, mask) = make(case), ragged()
         with torch.inference_mode():

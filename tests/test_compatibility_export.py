@@ -72,8 +72,8 @@ sys.meta_path.insert(0, Absent())
 from transformers import AutoModelForCausalLM
 error_of(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))
 """,
-        "ImportError This model's attention is in the package linearize, which cannot be imported here (No module "
-        f"named 'linearize'). Install it: pip install 'linearize>={linearize.__version__}'",
+        "ImportError This model's attention is in the Python package linearize, which cannot be imported here (No "
+        f"module named 'linearize'). Install linearize {linearize.__version__} or later.",
     ),
     "it is too old": (
         """
@@ -145,7 +145,7 @@ def test_the_card_names_no_folder(tmp_path):
     linearize.convert(student, linearize.LinearizeConfig(window=8, mixer="none"))
     export(student, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Made from original, a `LlamaForCausalLM`" in card
+    assert "Made from a `LlamaForCausalLM`" in card
     assert str(tmp_path) not in card
 
 

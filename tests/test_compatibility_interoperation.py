@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
-from linearize import LinearizeError, save
+from linearize import LinearizeError, load, save
 from linearize.convert import converted_layers, is_converted
 from tests.parity import LENGTH, LOGITS, ORIGINAL, Case, alone, in_pieces, left_padded, make, positions_of
 from tests.tiny_models import make_tokens
@@ -108,6 +108,12 @@ class TestPeft:
         again = PeftModel.from_pretrained(make(case), tmp_path).eval()
         assert torch.equal(logits_of(again, tokens), expected)
         assert_consistent(again, tokens)
+        with again.disable_adapter():
+            assert torch.equal(logits_of(again, tokens), logits_of(make(case), tokens))
+        save(adapted, tmp_path / "ours", adapter=True)
+        for merge in (True, False):
+            loaded = load(tmp_path / "ours", base=make(Case(case.family, ORIGINAL)), merge=merge)
+            torch.testing.assert_close(logits_of(loaded, tokens), expected, **LOGITS)
 
     @everywhere
     def test_by_the_model_itself(self, case, tmp_path):

@@ -230,7 +230,7 @@ class TestOneToken:
             seen |= {sinks + t % (2 * window) for t in range(start, position + 1)}
             assert {j for j, x in enumerate(row.tolist()) if x == 0} == seen
             assert all(x in (0, -torch.inf) for x in row.tolist())
-            alike = few_tokens._hidden_alike(position, 1, 1, window, sinks, torch.float64, torch.device("cpu"))
+            alike = few_tokens._hidden_alike(position, 1, window, sinks, torch.float64, torch.device("cpu"))
             assert torch.equal(alike[0, 0, 0], row)
 
     def test_tensors_without_numbers_do_not_stay(self):

@@ -26,6 +26,7 @@ from tests.saved_models import save_tiny_model
 COMMANDS = (
     ["inspect"],
     ["convert"],
+    ["export"],
     ["calibrate"],
     ["select"],
     ["plan"],

@@ -1,6 +1,7 @@
 """A layer that grows in place is `DynamicLayer` in every respect but the copies it makes."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -111,6 +112,29 @@ class TestRoom:
             assert torch.equal(layer.keys, before)
             assert len(pickle.dumps(layer)) < 6000  # ten tokens, not the room
 
+    @pytest.mark.parametrize("heads", [1, 3])
+    @torch.no_grad()
+    def test_a_copy_does_not_follow(self, heads):
+        """Nor where what is held lies in one piece, as of one row and head."""
+        for make in (copy.deepcopy, copy.copy):
+            layer = GrowingLayer()
+            layer.update(*(x[:1, :heads] for x in piece(9)))
+            other, before = make(layer), layer.keys.clone()
+            layer.crop(-4)
+            layer.update(*(x[:1, :heads] for x in piece(4, seed=8)))
+            assert torch.equal(other.keys, before)
+            file = io.BytesIO()
+            torch.save(other.keys, file)
+            assert file.tell() < 4000
+
+    @torch.no_grad()
+    def test_rows_that_move_leave_no_room_behind(self):
+        for move in ("reorder", "repeat", "select", "offload", "reset"):
+            layer = GrowingLayer()
+            layer.update(*piece(9))
+            MOVES[move](layer)
+            assert layer._room is None
+
     def test_out_of_inference_mode(self):
         layer, like = GrowingLayer(), DynamicLayer()
         with torch.inference_mode():
@@ -142,15 +166,19 @@ class TestRoom:
             assert layer.keys.shape[2] == 14
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
+    @pytest.mark.parametrize("cropped", [0, 2, 9])
     @pytest.mark.parametrize(
-        "changes", [{"rows": 3}, {"dtype": torch.float64}, {"device": "meta"}], ids=["rows", "dtype", "device"]
+        "changes",
+        [{"rows": 3}, {"rows": 1}, {"dtype": torch.float64}, {"device": "meta"}],
+        ids=["rows", "a row", "dtype", "device"],
     )
     @torch.no_grad()
-    def test_what_does_not_fit(self, changes):
-        """Is refused or promoted as `torch.cat` does."""
+    def test_what_does_not_fit(self, changes, cropped):
+        """Is refused or promoted as `torch.cat` does, also where nothing is left."""
         found = []
         for layer in (GrowingLayer(), DynamicLayer()):
             layer.update(*piece(9))
+            layer.crop(-cropped)
             try:
                 keys, _ = layer.update(*piece(1, **changes))
                 found.append((keys.dtype, keys.shape))

@@ -68,7 +68,9 @@ def few_tokens(
         # (FakeTensorMode) must not stay in it.
         plain = type(memory.keys) is Tensor and not torch.compiler.is_compiling()
         alike = _hidden_alike if plain else _hidden_alike.__wrapped__
-        hidden, far = alike(position, tokens, group, window, sinks, dtype, q.device), position >= 2 * window
+        hidden, far = alike(position, tokens, window, sinks, dtype, q.device), position >= 2 * window
+        if tokens > 1:
+            hidden = hidden.repeat(1, 1, group, 1)  # the tokens of each of G heads after one another
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rows = batch, kv_heads, group * tokens, -1  # a group and its tokens are rows of one matrix
     queries = q.reshape(rows)
@@ -116,12 +118,11 @@ def _attend(
 
 @lru_cache(maxsize=8)  # all layers of a model ask for the same one
 def _hidden_alike(
-    position: int, tokens: int, group: int, window: int, sinks: int, dtype: torch.dtype, device: torch.device
+    position: int, tokens: int, window: int, sinks: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """`_hidden` of rows that are all at one position: (1, 1, 1, S + 2 W) for one token, (1, 1, G T, S + 2 W) for more,
-    the tokens of each of G heads after one another."""
-    hidden = _hidden(torch.arange(position, position + tokens, device=device)[:, None], window, sinks, dtype)
-    return (hidden if tokens == 1 else hidden.repeat(group, 1))[None, None]
+    """`_hidden` of T tokens from one position on, the same in all rows: (1, 1, T, S + 2 W)."""
+    positions = torch.arange(position, position + tokens, device=device)[:, None]
+    return _hidden(positions, window, sinks, dtype)[None, None]
 
 
 def _hidden(position: Tensor, window: int, sinks: int, dtype: torch.dtype) -> Tensor:

@@ -192,7 +192,7 @@ def near_far_step(
             and not (torch.is_grad_enabled() or memory.static)
             and mask is None
             and memory.uniform is not None
-            and q.shape[2] <= window
+            and 0 < q.shape[2] <= window
         ):
             return _chunk_by_chunk(q, k, v, memory, mixer, mix_logit, **options, **softmax), memory
         options |= softmax | {"mask": mask}
