@@ -1,6 +1,8 @@
-"""What `linearize.benchmarks.speculative` measured, as Markdown tables.
+"""What `linearize.benchmarks.speculative` measured, as Markdown tables: speed, then equality.
 
-python -m linearize.benchmarks.speculative_table LABEL=FILE ...
+    python -m linearize.benchmarks.speculative_table LABEL=FILE ...
+
+Each file is a measurement, and its label the first column of its lines.
 """
 
 import argparse
