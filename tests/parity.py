@@ -20,9 +20,11 @@ __all__ = [
     "FARS",
     "LENGTH",
     "LOGITS",
+    "MODELS",
     "ORIGINAL",
     "PIECES",
     "SINKS",
+    "STUDENTS",
     "WAYS",
     "WINDOW",
     "Case",
@@ -55,6 +57,16 @@ class Case:
     def __str__(self) -> str:
         kept = f"-kept{self.kept[0]}" if self.kept and self.far != ORIGINAL else ""
         return f"{self.family}-{self.far}{kept}"
+
+
+# A few for tests that are not of the mixers.
+MODELS = (
+    Case("llama", ORIGINAL),
+    Case("llama", "normalizer"),
+    Case("qwen3", "none", (1,)),
+    Case("qwen2", "gla", (0,)),
+)
+STUDENTS = MODELS[1:]
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -8,9 +8,20 @@ import torch
 from tests.tiny_models import make_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
-__all__ = ["CHAT_TEMPLATE", "save_tiny_model"]
+__all__ = ["CHAT_TEMPLATE", "CHECK", "save_tiny_model"]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+
+# A program's begin: `check(student)` says whether it gives what folder/expected.pt, (tokens, logits), holds.
+CHECK = """
+import sys, torch
+folder = sys.argv[1]
+def check(student):
+    tokens, expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        assert torch.equal(student(tokens).logits, expected)
+    print("same", type(student).__name__)
+"""
 
 
 def save_tiny_model(folder: str | Path, family: str = "llama", chat: bool = False, **changes: Any) -> Path:

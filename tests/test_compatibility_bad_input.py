@@ -6,16 +6,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from linearize import LinearizeConfig, LinearizeError, convert, original_attention
-from tests.parity import LENGTH, LOGITS, ORIGINAL, Case, alone, in_pieces, left_padded, make, positions_of
+from tests.parity import (
+    LENGTH,
+    LOGITS,
+    MODELS,
+    ORIGINAL,
+    STUDENTS,
+    Case,
+    alone,
+    in_pieces,
+    left_padded,
+    make,
+    positions_of,
+)
 from tests.tiny_models import make_model, make_tokens
 
-MODELS = (
-    Case("llama", ORIGINAL),
-    Case("llama", "normalizer"),
-    Case("qwen3", "none", (1,)),
-    Case("qwen2", "gla", (0,)),
-)
-STUDENTS = MODELS[1:]
 everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
 student = pytest.mark.parametrize("case", STUDENTS, ids=str)
 READ = 35

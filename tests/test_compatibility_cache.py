@@ -10,16 +10,21 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from linearize import LinearizeError, cache_bytes
-from tests.parity import LENGTH, LOGITS, ORIGINAL, WINDOW, Case, alone, covering, in_pieces, left_padded, make
+from tests.parity import (
+    LENGTH,
+    LOGITS,
+    MODELS,
+    STUDENTS,
+    WINDOW,
+    Case,
+    alone,
+    covering,
+    in_pieces,
+    left_padded,
+    make,
+)
 from tests.tiny_models import make_tokens
 
-MODELS = (
-    Case("llama", ORIGINAL),
-    Case("llama", "normalizer"),
-    Case("qwen3", "none", (1,)),
-    Case("qwen2", "gla", (0,)),
-)
-STUDENTS = MODELS[1:]
 ROLL_BACK = (*MODELS[:2], Case("qwen3", "peak", (1,)), Case("mistral", "none", (0,)))
 everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
 READ = 43  # in the middle of the sixth chunk

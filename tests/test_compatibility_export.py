@@ -15,26 +15,22 @@ import linearize
 from linearize import LinearizeError, export, load, save
 from linearize.cli import app
 from linearize.models import load_model
-from tests.saved_models import save_tiny_model
+from tests.saved_models import CHECK, save_tiny_model
 from tests.tiny_models import make_student, make_tokens
 from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PREAMBLE = """
-import sys, torch
-folder = sys.argv[1]
-def check(student):
-    tokens, expected = torch.load(folder + "/expected.pt")
-    with torch.no_grad():
-        assert torch.equal(student(tokens).logits, expected)
-    print("same", type(student).__name__)
+PREAMBLE = (
+    CHECK
+    + """
 def error_of(call):
     try:
         call()
     except Exception as error:
         print(type(error).__name__, error)
 """
+)
 # What a program does with the folder, and what it says.
 PROGRAMS = {
     "linearize is imported": (

@@ -8,17 +8,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreame
 
 from linearize import LinearizeError, load, save
 from linearize.convert import converted_layers, is_converted
-from tests.parity import LENGTH, LOGITS, ORIGINAL, Case, alone, in_pieces, left_padded, make, positions_of
+from tests.parity import (
+    LENGTH,
+    LOGITS,
+    MODELS,
+    ORIGINAL,
+    STUDENTS,
+    Case,
+    alone,
+    in_pieces,
+    left_padded,
+    make,
+    positions_of,
+)
 from tests.tiny_models import make_tokens
 from tests.tiny_tokenizer import tiny_tokenizer
 
-MODELS = (
-    Case("llama", ORIGINAL),
-    Case("llama", "normalizer"),
-    Case("qwen3", "none", (1,)),
-    Case("qwen2", "gla", (0,)),
-)
-STUDENTS = MODELS[1:]
 everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
 student = pytest.mark.parametrize("case", STUDENTS, ids=str)
 

@@ -16,7 +16,7 @@ import linearize
 from linearize import LinearizeConfig, LinearizeError, convert, load, original_attention, revert, save
 from linearize.convert import converted_layers, is_converted
 from linearize.fingerprint import spread
-from tests.saved_models import save_tiny_model
+from tests.saved_models import CHECK, save_tiny_model
 from tests.tiny_models import FAMILIES, FAR, VOCAB, make_model, make_student, make_tokens, randomize_far
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,15 +231,6 @@ class TestAdapter:
             assert AutoTokenizer.from_pretrained(tmp_path / str(adapter)).get_vocab() == tokenizer.get_vocab()
 
 
-PREAMBLE = """
-import sys, torch
-folder = sys.argv[1]
-def check(student):
-    tokens, expected = torch.load(folder + "/expected.pt")
-    with torch.no_grad():
-        assert torch.equal(student(tokens).logits, expected)
-    print("same", type(student).__name__)
-"""
 PROGRAMS = {
     # Also a whole model as an object, with its original inside.
     "linearize before transformers": """
@@ -285,7 +276,7 @@ def finished(tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-c", PREAMBLE + program, str(folder)],
+            [sys.executable, "-c", CHECK + program, str(folder)],
             cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for name, program in PROGRAMS.items()
