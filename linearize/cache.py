@@ -236,6 +236,7 @@ class NearFarLayer(CacheLayerMixin):
         Raises:
             LinearizeError: a positive number; more than that, or than there are. The layer is then unchanged.
         """
+        tokens_to_remove = int(tokens_to_remove)  # in transformers 5.17 assisted decoding gives a tensor
         if tokens_to_remove > 0:
             raise LinearizeError(
                 f"cache: crop({tokens_to_remove}) would name a length to keep, which transformers has given up; give "

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.integrations import sdpa_attention
 
 from linearize.attention import ConvertedAttention, Switch
 from linearize.cache import NearFarLayer, install_layers, new_cache
@@ -262,6 +263,11 @@ def _switched(model: Any, name: str, value: Any) -> Iterator[None]:
         setattr(switch, name, before)
 
 
+# Whether transformers' attention makes one product of a group's queries where there is a mask; that of 5.17 copies the
+# keys for each of them.
+MASKS_GROUP = hasattr(sdpa_attention, "pack_gqa")
+
+
 class _BeforeDecoder:
     """Runs before the decoder's forward: checks the mask, gives the cache its layers and hands both down."""
 
@@ -333,7 +339,9 @@ class _BeforeDecoder:
             # No layer reads a 4-D mask, and a T x T one would be all that is quadratic here. transformers hands a
             # mask that is 4-D already down as it is.
             kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-        elif self.groups and attention == "sdpa" and tokens.shape[1] == 1 and tokens.device.type == "cpu":
+        elif (
+            self.groups and MASKS_GROUP and attention == "sdpa" and tokens.shape[1] == 1 and tokens.device.type == "cpu"
+        ):
             kwargs["attention_mask"] = self._one_query_mask(kwargs.get("attention_mask"), cache)
         return (), kwargs
 

@@ -100,8 +100,9 @@ class GrowingLayer(DynamicLayer):
         self._room = self._used = None
 
     def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
+        """Forget everything; transformers 5.17 would keep as many zeros."""
+        self.keys = self.values = None
+        self.is_initialized = False
         self._room = self._used = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -196,6 +196,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             "`crop`",
             (
                 "cache::TestCrop::test_after_a_pass",
+                "cache::TestCrop::test_by_a_tensor",
                 "cache::TestCrop::test_after_tokens",
                 "cache::TestCrop::test_rows_of_different_lengths",
                 "cache::TestCrop::test_padding_among_them",
