@@ -522,6 +522,12 @@ def _check_modules(model: Any, config: LinearizeConfig) -> None:
     family, geometry = family_of(model.config), geometry_of(model.config)
     plan = plan_layers(model.config, config)
     layers = model.get_submodule(family.layers)
+    capped = family.soft_cap is not None and getattr(model.config, family.soft_cap, None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        raise LinearizeError(
+            f"attn_implementation: 'sdpa' leaves out the soft cap of a {family.model_type}'s logits, so the original "
+            "would be another model than it was trained as; load it with attn_implementation='eager'"
+        )
     for layer in plan:
         if layer.converted:
             _check_attention(getattr(layers[layer.index], family.attention), layer.index, family, geometry)

@@ -54,6 +54,18 @@ def logits(model, tokens, **inputs):
         return model(tokens, use_cache=False, **inputs).logits
 
 
+def test_attention_that_leaves_the_soft_cap_out():
+    """transformers 5.17 lets Gemma 2 run so, and takes it by itself."""
+    model = make_model("gemma2")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(LinearizeError, match="load it with attn_implementation='eager'"):
+        convert(model, LinearizeConfig(window=8))
+    assert type(model).__name__ == "Gemma2ForCausalLM"
+    model = make_model("gemma2", attn_logit_softcapping=None)
+    model.config._attn_implementation = "sdpa"
+    assert is_converted(convert(model, LinearizeConfig(window=8)))
+
+
 def add_lora(model, family):
     """LoRA around every linear layer of the attention, random in both factors."""
     from peft import LoraConfig, get_peft_model
