@@ -101,9 +101,7 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything; transformers 5.17 would keep as many zeros."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._room = self._used = None
+        self.__dict__ |= {"keys": None, "values": None, "is_initialized": False, "_room": None, "_used": None}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what is held, without the room."""
