@@ -323,7 +323,7 @@ class _BeforeDecoder:
         asks = tokens.shape[1] > 1 or tokens.device.type == "cpu"
         if asks and not torch.compiler.is_compiling() and (layer is None or layer.static_length is None):
             if layer is not None and whole:
-                _check_hidden(mask, layer)
+                _check_hidden(mask, tokens.shape[1], layer)
             if positions is not None and kwargs["near_far_documents"] is None:
                 _check_positions(positions, kwargs["near_far_mask"], self._read(cache))
         if kwargs.get("output_attentions"):
@@ -460,10 +460,11 @@ def _packed_documents(kwargs: dict[str, Any], tokens: torch.Tensor, attention: s
     return lay_out_documents([*starts, batch * length], batch, length, tokens.device)
 
 
-def _check_hidden(mask: Any, layer: NearFarLayer) -> None:
-    """A mask must not hide what the cache has read: pads that were not called pads when they came, for instance."""
+def _check_hidden(mask: Any, new: int, layer: NearFarLayer) -> None:
+    """A mask must not hide what the cache has read: pads that were not called pads when they came, for instance. One of
+    the newest tokens alone says nothing of it."""
     past = layer.seen
-    if layer.memory is None or not isinstance(mask, torch.Tensor) or mask.shape[1] < past:
+    if layer.memory is None or not isinstance(mask, torch.Tensor) or mask.shape[1] < past + new:
         return
     hidden = layer.memory.lengths.to(mask.device) - mask[:, :past].bool().sum(1)
     if bool((hidden > 0).any()):

@@ -76,7 +76,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row(
             "a mask that hides a token after it was read",
-            ("bad_input::TestMasks::test_hidden_later", "bad_input::TestMasks::test_pads_of_a_chat"),
+            (
+                "bad_input::TestMasks::test_hidden_later",
+                "bad_input::TestMasks::test_pads_of_a_chat",
+                "bad_input::TestMasks::test_of_the_new_tokens_alone",
+            ),
             "refused: what is in a state stays there",
         ),
         Row(

@@ -131,6 +131,17 @@ class TestMasks:
                 "stays there; start a new cache from the texts without them"
             )
 
+    @pytest.mark.parametrize("far", ["normalizer", "none", "gla"])
+    def test_of_the_new_tokens_alone(self, far):
+        """Padded, and as many as were read and more: nothing is hidden. Softmax layers want a mask of all tokens."""
+        model, tokens = make(Case("llama", far)), make_tokens(2, LENGTH)
+        expected = alone(model, [tokens[0], tokens[1, torch.arange(LENGTH) != 10]])
+        _, cache = in_pieces(model, [10], tokens[:, :10])
+        mask = torch.ones(2, LENGTH - 10, dtype=torch.long)
+        mask[1, 0] = 0
+        found = logits_of(model, tokens[:, 10:], attention_mask=mask, past_key_values=cache)
+        torch.testing.assert_close(found[1, 1:], expected[1][10:], **LOGITS)
+
     @student
     def test_pads_of_a_chat(self, case):
         """The same by `generate`: a row that ended early was filled up with pads, which the next turn hides."""
@@ -228,11 +239,9 @@ class TestPositions:
         options |= {"position_ids": positions[:, READ:], "past_key_values": cache}
         torch.testing.assert_close(logits_of(model, tokens[:, READ:], **options), expected[:, READ:], **LOGITS)
 
-    @student
+    @pytest.mark.parametrize("case", [case for case in STUDENTS if case.far != "gla"], ids=str)
     def test_a_step_for_graphs_is_not_asked(self, case):
-        """Nor is one token on a GPU: no check waits for the device."""
-        if case.far == "gla":
-            pytest.skip("steps of gla are the same")
+        """No check waits for the device."""
         model, tokens = make(case), make_tokens(1, LENGTH)
         cache = StaticCache(config=model.config, max_cache_len=LENGTH)
         logits_of(model, tokens[:, :READ], past_key_values=cache)
