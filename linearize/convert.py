@@ -351,9 +351,7 @@ class _BeforeDecoder:
         itself where it is of another kind, or the cache for graphs."""
         layer = self._layer(cache)
         two = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-        if not two or layer is None or layer.static_length is not None:
-            return mask
-        if torch.compiler.is_compiling():
+        if not two or layer is None or layer.static_length is not None or torch.compiler.is_compiling():
             return mask
         length = layer.get_seq_length() + 1
         if mask is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,11 +32,13 @@ __all__ = [
     "Way",
     "alone",
     "covering",
+    "everywhere",
     "in_pieces",
     "lay_out",
     "left_padded",
     "make",
     "positions_of",
+    "student",
 ]
 
 WINDOW, SINKS = 8, 2
@@ -67,6 +70,8 @@ MODELS = (
     Case("qwen2", "gla", (0,)),
 )
 STUDENTS = MODELS[1:]
+everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
+student = pytest.mark.parametrize("case", STUDENTS, ids=str)
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

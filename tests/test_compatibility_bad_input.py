@@ -14,15 +14,15 @@ from tests.parity import (
     STUDENTS,
     Case,
     alone,
+    everywhere,
     in_pieces,
     left_padded,
     make,
     positions_of,
+    student,
 )
 from tests.tiny_models import make_model, make_tokens
 
-everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
-student = pytest.mark.parametrize("case", STUDENTS, ids=str)
 READ = 35
 RESTART = torch.cat([torch.arange(25), torch.arange(LENGTH - 25)])[None]
 

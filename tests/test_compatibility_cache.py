@@ -15,19 +15,19 @@ from tests.parity import (
     LOGITS,
     MODELS,
     ORIGINAL,
-    STUDENTS,
     WINDOW,
     Case,
     alone,
     covering,
+    everywhere,
     in_pieces,
     left_padded,
     make,
+    student,
 )
 from tests.tiny_models import make_tokens
 
 ROLL_BACK = (*MODELS[:2], Case("qwen3", "peak", (1,)), Case("mistral", "none", (0,)))
-everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
 READ = 43  # in the middle of the sixth chunk
 
 
@@ -61,7 +61,7 @@ class TestSizes:
         assert not any(cache.is_sliding)
         assert DynamicCache().get_seq_length() == 0
 
-    @pytest.mark.parametrize("case", STUDENTS, ids=str)
+    @student
     def test_a_constant_size(self, case):
         """Only softmax layers grow."""
         model, tokens = make(case), make_tokens(1, 3 * LENGTH)
@@ -237,7 +237,7 @@ class TestCrop:
         tokens = torch.cat([other[:, : middle - 4], make_tokens(2, 11, seed=8)], dim=1)
         goes_on(model, cache, tokens, torch.ones_like(tokens), middle - 4)
 
-    @pytest.mark.parametrize("case", STUDENTS, ids=str)
+    @student
     def test_too_far(self, case):
         """More than W tokens; a state that decays takes none back that were not recorded."""
         model, tokens = make(case), make_tokens(2, LENGTH)
@@ -273,7 +273,7 @@ class TestCopies:
             layer.prefetch()
         goes_on(model, cache, tokens, mask, READ)
 
-    @pytest.mark.parametrize("case", STUDENTS, ids=str)
+    @student
     @pytest.mark.parametrize("recorded", [False, True])
     @pytest.mark.parametrize("piece", [1, 3, 8])
     def test_in_and_out_of_inference_mode(self, case, piece, recorded):
@@ -295,7 +295,7 @@ class TestCopies:
                 found = model(tokens[:, t : t + 1], past_key_values=cache).logits[:, 0]
                 torch.testing.assert_close(found, texts[:, t], **LOGITS)
 
-    @pytest.mark.parametrize("case", STUDENTS, ids=str)
+    @student
     def test_inference_mode(self, case):
         model, (tokens, mask) = make(case), ragged()
         with torch.inference_mode():

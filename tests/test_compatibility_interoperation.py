@@ -11,21 +11,19 @@ from linearize.convert import converted_layers, is_converted
 from tests.parity import (
     LENGTH,
     LOGITS,
-    MODELS,
     ORIGINAL,
     STUDENTS,
     Case,
     alone,
+    everywhere,
     in_pieces,
     left_padded,
     make,
     positions_of,
+    student,
 )
 from tests.tiny_models import make_tokens
 from tests.tiny_tokenizer import tiny_tokenizer
-
-everywhere = pytest.mark.parametrize("case", MODELS, ids=str)
-student = pytest.mark.parametrize("case", STUDENTS, ids=str)
 
 
 @torch.no_grad()
